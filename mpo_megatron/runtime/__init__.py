@@ -1,0 +1,1 @@
+"""Where the job runs: processes, devices, and the parallel layout."""

@@ -1,0 +1,100 @@
+"""Megatron-core on CPU ranks: its real tensor, pipeline and data-parallel code, over Gloo.
+
+Megatron-core asks for CUDA by name in places where any device would do: `torch.cuda.current_device()`,
+`device="cuda"`, `tensor.cuda()`, streams, the CUDA generator's state, and a check of `tensor.type()`. `install()` sends each of
+these to the CPU for this process. Nothing of Megatron's parallelism is replaced: the collectives, schedules and
+optimizers that run are its own.
+
+Rules: `install()` is final for the process and refuses a process that has started CUDA. A GPU run never calls it.
+Megatron-core looks all of these up when it calls them, so it may have been imported before.
+"""
+
+import contextlib
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+_installed: TorchFunctionMode | None = None
+
+
+class _NullStream:
+    """A CUDA stream where there is only one order of execution. A class, since libraries annotate with `Stream`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def wait_stream(self, other: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def record_event(self, event: Any = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def __enter__(self) -> "_NullStream":
+        return self
+
+    def __exit__(self, *exc: object) -> None: ...
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Rewrites `device="cuda"` and pinned memory in torch calls, and names CPU tensors as Megatron's checks expect."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if kwargs:
+            device = kwargs.get("device")
+            if device is not None and torch.device(device).type == "cuda":
+                kwargs = {**kwargs, "device": _CPU}
+            if kwargs.get("pin_memory"):
+                kwargs = {**kwargs, "pin_memory": False}
+        elif func is torch.Tensor.type and len(args) == 1:
+            # Megatron sorts gradients for their reduction by `tensor.type() == "torch.cuda.FloatTensor"`.
+            return func(*args).replace("torch.", "torch.cuda.")
+        return func(*args, **(kwargs or {}))
+
+
+def is_installed() -> bool:
+    """Whether this process sends CUDA requests to the CPU."""
+    return _installed is not None
+
+
+def install() -> None:
+    """Make this process run Megatron-core on the CPU. Calling it again does nothing.
+
+    Raises:
+        RuntimeError: CUDA is already in use in this process.
+    """
+    global _installed
+    if _installed is not None:
+        return
+    if torch.cuda.is_initialized():
+        raise RuntimeError("mpo_megatron.runtime.cpu.install() after CUDA was started in this process")
+
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: _CPU
+    cuda.synchronize = lambda *args, **kwargs: None
+    cuda.empty_cache = lambda: None
+    cuda.is_current_stream_capturing = lambda: False
+    cuda.Stream = cuda.current_stream = cuda.default_stream = _NullStream
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *args, **kwargs: None
+    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    cuda.manual_seed = cuda.manual_seed_all = torch.default_generator.manual_seed
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    def get_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(state)
+
+    megatron_random._get_cuda_rng_state = get_state
+    megatron_random._set_cuda_rng_state = set_state
+
+    _installed = _CudaMeansCpu()
+    _installed.__enter__()

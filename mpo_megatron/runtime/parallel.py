@@ -1,0 +1,121 @@
+"""Process group and parallel layout: who this rank is, handed on explicitly.
+
+Megatron-core keeps its groups in `parallel_state`; code here reads them through one frozen record, so that a function's
+needs show in its arguments.
+"""
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from mpo_megatron.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ParallelLayout:
+    """Sizes of the parallel dimensions and this rank's place in each.
+
+    `tp` tensor, `pp` pipeline, `cp` context, `dp` data parallel; `vpp` is the number of model chunks a pipeline rank holds.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    tp: int
+    pp: int
+    vpp: int
+    cp: int
+    dp: int
+    tp_rank: int
+    pp_rank: int
+    cp_rank: int
+    dp_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0: the one that prints and writes."""
+        return self.rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the response head."""
+        return self.pp_rank == self.pp - 1
+
+    @property
+    def speaks_for_replica(self) -> bool:
+        """One rank a data-parallel replica that holds its log-probs: the contributor to sums over the world."""
+        return self.is_last_stage and self.tp_rank == 0 and self.cp_rank == 0
+
+    def __str__(self) -> str:
+        sizes = [f"{name} {size}" for name, size in zip(("TP", "PP", "VPP", "CP", "DP"), self.sizes) if size > 1]
+        return f"{self.world_size} rank{'s' * (self.world_size > 1)} ({', '.join(sizes) or 'no parallelism'})"
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """(tp, pp, vpp, cp, dp)."""
+        return self.tp, self.pp, self.vpp, self.cp, self.dp
+
+
+def check_world(world_size: int, tp: int, pp: int, cp: int) -> None:
+    """Raise ConfigError unless `tp * pp * cp` divides the number of ranks."""
+    model = tp * pp * cp
+    if world_size % model:
+        raise ConfigError(
+            f"{world_size} rank{'s' * (world_size > 1)} cannot be cut into models of tensor {tp} x pipeline {pp} x context {cp} "
+            f"= {model} ranks; start a multiple of {model} (torchrun --nproc-per-node) or change the sizes"
+        )
+
+
+def initialize(device: torch.device, *, tp: int = 1, pp: int = 1, vpp: int = 1, cp: int = 1, timeout_minutes: int = 30) -> ParallelLayout:
+    """Start torch.distributed (as torchrun says, or one process alone) and Megatron's groups.
+
+    Raises:
+        ConfigError: the number of ranks is not a multiple of tp * pp * cp.
+    """
+    from megatron.core import parallel_state
+
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = "0" if os.environ["WORLD_SIZE"] == "1" else "29500"
+    check_world(int(os.environ["WORLD_SIZE"]), tp, pp, cp)
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=timeout_minutes)
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
+        context_parallel_size=cp,
+        distributed_timeout_minutes=timeout_minutes,
+    )
+    return ParallelLayout(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        local_rank=int(os.environ["LOCAL_RANK"]),
+        tp=tp,
+        pp=pp,
+        vpp=vpp,
+        cp=cp,
+        dp=parallel_state.get_data_parallel_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        device=device,
+    )
+
+
+def shutdown() -> None:
+    """End Megatron's groups and torch.distributed; safe to call when neither was started."""
+    from megatron.core import parallel_state
+
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

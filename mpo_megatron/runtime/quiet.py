@@ -1,0 +1,19 @@
+"""Keep other libraries' start-up chatter off the screen, so that the first lines of a run are the run's own."""
+
+import logging
+import os
+import warnings
+
+
+def quiet_third_parties() -> None:
+    """Filter known warnings and notices of third parties; to be called before they are imported.
+
+    Warnings of this package and errors of any are shown as ever.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else a notice after each fork
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    warnings.filterwarnings("ignore")
+    warnings.filterwarnings("default", module=r"mpo_megatron(\..*)?")
+    for name in ("megatron", "nemo_logging", "nv_one_logger", "lightning", "lightning.pytorch", "torch.distributed", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.ERROR)
