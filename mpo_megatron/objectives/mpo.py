@@ -4,11 +4,13 @@ For a group of responses y_1..y_n with scores S_i, partition Y+ = {i : S_i > mea
 r_i = log pi(y_i | x) - log pi_ref(y_i | x):
 
     z_i  = beta r_i                             MPO     (paper Eq. 4)
-    z_i  = beta r_i + alpha dW_i                W-MPO   (Eq. 7; dW_i = |S_i - mean S| absolute, Eq. 6, or signed, Eq. 14)
+    z_i  = beta r_i + alpha dW_i                W-MPO   (Eq. 7; dW_i = |S_i - mean S| absolute, Eq. 6, or
+    signed, Eq. 14)
     loss = logsumexp_i z_i - logsumexp_{i in Y+} z_i    (Eq. 5 / Eq. 8)
 
-with gradient d loss / d z_i = softmax(z)_i - softmax_{Y+}(z)_i (Lemma 6). The paper's code clamps the two probability sums
-at 1e-10, which zeroes the gradient where the loss is largest; a difference of log-sum-exps needs no clamp.
+with gradient d loss / d z_i = softmax(z)_i - softmax_{Y+}(z)_i (Lemma 6). The paper's code clamps the two
+probability sums at 1e-10, which zeroes the gradient where the loss is largest; a difference of log-sum-exps
+needs no clamp.
 
 Shapes: R responses, G groups; `mpo_loss` takes [G, n] tensors.
 """
@@ -16,7 +18,13 @@ Shapes: R responses, G groups; `mpo_loss` takes [G, n] tensors.
 import torch
 from torch import Tensor
 
-from mpo_megatron.objectives.registry import GroupBatch, ObjectiveResult, register, segment_logsumexp, segment_mean
+from mpo_megatron.objectives.registry import (
+    GroupBatch,
+    ObjectiveResult,
+    register,
+    segment_logsumexp,
+    segment_mean,
+)
 
 WEIGHTINGS = ("absolute", "signed", "none")
 
@@ -72,8 +80,9 @@ def mpo_loss(
 ) -> Tensor:
     """MPO / W-MPO loss of groups, for a trainer of your own. Needs torch alone.
 
-    The preferred set of a group is its responses with a score above the group's mean (strictly). A group whose scores are
-    all equal has none: it is skipped, its loss is 0 and it does not count in the mean (paper section 4.4).
+    The preferred set of a group is its responses with a score above the group's mean (strictly). A group
+    whose scores are all equal has none: it is skipped, its loss is 0 and it does not count in the mean (paper
+    section 4.4).
 
     Args:
         policy_logps: [G, n] sums of log pi(y | x) over the tokens of each response, with gradient.
@@ -86,8 +95,8 @@ def mpo_loss(
         reduction: `mean` over the groups that count, `sum`, or `none` for the [G] losses.
 
     Returns:
-        A scalar, or [G] with `reduction="none"`. Computed in float32, or float64 where the inputs are float64. If no group
-        counts, `mean` is 0 (with zero gradient).
+        A scalar, or [G] with `reduction="none"`. Computed in float32, or float64 where the inputs are
+        float64. If no group counts, `mean` is 0 (with zero gradient).
 
     Raises:
         ValueError: shapes that differ, an unknown weighting or reduction, beta that is not positive.
@@ -129,7 +138,9 @@ def mpo_loss(
         num_groups=num_groups,
     )
     losses = wmpo(batch, beta=beta, alpha=alpha, weighting=weighting).losses
-    counts = torch.zeros(num_groups, dtype=torch.bool, device=scores.device).index_fill(0, group_index[preferred], True)
+    counts = torch.zeros(num_groups, dtype=torch.bool, device=scores.device).index_fill(
+        0, group_index[preferred], True
+    )
     losses = torch.where(counts, losses, torch.zeros_like(losses))
     if reduction == "none":
         return losses
@@ -137,8 +148,12 @@ def mpo_loss(
 
 
 def _above_mean(scores: Tensor, group_index: Tensor, num_groups: int) -> Tensor:
-    """[R] bool: score above its group's mean. Equal scores have no preferred one, however their mean is rounded."""
-    above = scores > segment_mean(scores, group_index, num_groups)[group_index]
-    highest = scores.new_full((num_groups,), float("-inf")).scatter_reduce(0, group_index, scores, "amax")
-    lowest = scores.new_full((num_groups,), float("inf")).scatter_reduce(0, group_index, scores, "amin")
-    return above & (highest > lowest)[group_index]
+    """[R] bool: score above its group's mean by more than the mean's rounding can explain.
+
+    The rule of `mpo_megatron.data.partition_by_mean`: 2n units in the last place of the group's largest magnitude, so
+    that equal scores such as 0.1, 0.1, 0.1 have no preferred one, however their mean is rounded.
+    """
+    largest = scores.new_zeros(num_groups).scatter_reduce(0, group_index, scores.abs(), "amax")
+    size = scores.new_zeros(num_groups).index_add(0, group_index, torch.ones_like(scores))
+    slack = 2 * size * torch.finfo(scores.dtype).eps * largest
+    return scores - segment_mean(scores, group_index, num_groups)[group_index] > slack[group_index]

@@ -1,9 +1,9 @@
 """Megatron-core on CPU ranks: its real tensor, pipeline and data-parallel code, over Gloo.
 
 Megatron-core asks for CUDA by name in places where any device would do: `torch.cuda.current_device()`,
-`device="cuda"`, `tensor.cuda()`, streams, the CUDA generator's state, and a check of `tensor.type()`. `install()` sends each of
-these to the CPU for this process. Nothing of Megatron's parallelism is replaced: the collectives, schedules and
-optimizers that run are its own.
+`device="cuda"`, `tensor.cuda()`, streams, the CUDA generator's state, and a check of `tensor.type()`.
+`install()` sends each of these to the CPU for this process. Nothing of Megatron's parallelism is replaced:
+the collectives, schedules and optimizers that run are its own.
 
 Rules: `install()` is final for the process and refuses a process that has started CUDA. A GPU run never calls it.
 Megatron-core looks all of these up when it calls them, so it may have been imported before.

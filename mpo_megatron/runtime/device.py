@@ -26,8 +26,8 @@ def choose_device(accelerator: str) -> torch.device:
         return torch.device("cpu")
     if not has_gpu:
         raise ConfigError(
-            "trainer.accelerator=gpu, but torch finds no GPU here; install a CUDA build of torch on a machine with a GPU, "
-            "or set trainer.accelerator=cpu"
+            "trainer.accelerator=gpu, but torch finds no GPU here; install a CUDA build of torch on a machine "
+            "with a GPU, or set trainer.accelerator=cpu"
         )
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if local_rank >= torch.cuda.device_count():

@@ -18,7 +18,8 @@ from mpo_megatron.errors import ConfigError
 class ParallelLayout:
     """Sizes of the parallel dimensions and this rank's place in each.
 
-    `tp` tensor, `pp` pipeline, `cp` context, `dp` data parallel; `vpp` is the number of model chunks a pipeline rank holds.
+    `tp` tensor, `pp` pipeline, `cp` context, `dp` data parallel; `vpp` is the number of model chunks a
+    pipeline rank holds.
     """
 
     rank: int
@@ -51,7 +52,8 @@ class ParallelLayout:
         return self.is_last_stage and self.tp_rank == 0 and self.cp_rank == 0
 
     def __str__(self) -> str:
-        sizes = [f"{name} {size}" for name, size in zip(("TP", "PP", "VPP", "CP", "DP"), self.sizes) if size > 1]
+        named = zip(("TP", "PP", "VPP", "CP", "DP"), self.sizes, strict=True)
+        sizes = [f"{name} {size}" for name, size in named if size > 1]
         return f"{self.world_size} rank{'s' * (self.world_size > 1)} ({', '.join(sizes) or 'no parallelism'})"
 
     @property
@@ -65,12 +67,15 @@ def check_world(world_size: int, tp: int, pp: int, cp: int) -> None:
     model = tp * pp * cp
     if world_size % model:
         raise ConfigError(
-            f"{world_size} rank{'s' * (world_size > 1)} cannot be cut into models of tensor {tp} x pipeline {pp} x context {cp} "
-            f"= {model} ranks; start a multiple of {model} (torchrun --nproc-per-node) or change the sizes"
+            f"{world_size} rank{'s' * (world_size > 1)} cannot be cut into models of tensor {tp} x pipeline {pp} "
+            f"x context {cp} = {model} ranks; start a multiple of {model} (torchrun --nproc-per-node), "
+            "or change the sizes"
         )
 
 
-def initialize(device: torch.device, *, tp: int = 1, pp: int = 1, vpp: int = 1, cp: int = 1, timeout_minutes: int = 30) -> ParallelLayout:
+def initialize(
+    device: torch.device, *, tp: int = 1, pp: int = 1, vpp: int = 1, cp: int = 1, timeout_minutes: int = 30
+) -> ParallelLayout:
     """Start torch.distributed (as torchrun says, or one process alone) and Megatron's groups.
 
     Raises:
@@ -78,7 +83,12 @@ def initialize(device: torch.device, *, tp: int = 1, pp: int = 1, vpp: int = 1, 
     """
     from megatron.core import parallel_state
 
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+    }.items():
         os.environ.setdefault(name, value)
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = "0" if os.environ["WORLD_SIZE"] == "1" else "29500"

@@ -15,5 +15,13 @@ def quiet_third_parties() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     warnings.filterwarnings("ignore")
     warnings.filterwarnings("default", module=r"mpo_megatron(\..*)?")
-    for name in ("megatron", "nemo_logging", "nv_one_logger", "lightning", "lightning.pytorch", "torch.distributed", "matplotlib"):
+    for name in (
+        "megatron",
+        "nemo_logging",
+        "nv_one_logger",
+        "lightning",
+        "lightning.pytorch",
+        "torch.distributed",
+        "matplotlib",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,28 @@
+"""Groups of scored responses: `build_dataset` reads, checks, partitions, tokenises and caches them."""
+
+from mpo_megatron.data.cache import DataReport
+from mpo_megatron.data.dataset import GroupDataset, TokenizedGroup, build_dataset
+from mpo_megatron.data.partition import PARTITIONS, partition_by_mean, preferred_mask
+from mpo_megatron.data.readers import read_groups, read_records
+from mpo_megatron.data.schema import DataError, Message, ScoredGroup, ScoredResponse, group_from_record
+from mpo_megatron.data.tokenize import GroupTokenizer, GroupTokens, TokenizeOptions
+
+__all__ = [
+    "PARTITIONS",
+    "DataError",
+    "DataReport",
+    "GroupDataset",
+    "GroupTokenizer",
+    "GroupTokens",
+    "Message",
+    "ScoredGroup",
+    "ScoredResponse",
+    "TokenizeOptions",
+    "TokenizedGroup",
+    "build_dataset",
+    "group_from_record",
+    "partition_by_mean",
+    "preferred_mask",
+    "read_groups",
+    "read_records",
+]

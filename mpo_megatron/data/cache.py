@@ -1,0 +1,206 @@
+"""Writing a cache of tokenised groups, and naming it after all that its content depends on; `dataset.py`
+reads it."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from datasets import Features, Sequence, Value
+from datasets.arrow_writer import ArrowWriter
+from tqdm import tqdm
+
+from mpo_megatron.data.partition import preferred_mask
+from mpo_megatron.data.readers import content_digest
+from mpo_megatron.data.schema import DataError, ScoredGroup
+from mpo_megatron.data.tokenize import GroupTokenizer, TokenizeOptions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CACHE_VERSION = 1  # raise it when the same input gives other content
+FEATURES = Features(
+    {
+        "id": Value("string"),
+        "prompt_ids": Sequence(Value("int32")),
+        "response_ids": Sequence(Sequence(Value("int32"))),
+        "scores": Sequence(Value("float64")),
+        "preferred": Sequence(Value("bool")),
+    }
+)
+_BATCH_GROUPS = 512  # per call of the tokenizer, and per record batch on disk
+_GROUPS_WITHOUT_PROGRESS = 2000  # so few are done before a progress bar is read
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DataReport:
+    """What became of the data. Responses, tokens and everything cut are counted over the kept groups."""
+
+    groups_read: int = 0
+    groups_kept: int = 0
+    skipped_no_preference: int = 0
+    skipped_long_prompt: int = 0
+    truncated_prompts: int = 0
+    truncated_responses: int = 0
+    border_merges: int = 0
+    rewritten_by_template: int = 0
+    responses: int = 0
+    prompt_tokens: int = 0
+    response_tokens: int = 0
+
+    def __str__(self) -> str:
+        """One line for the log; what did not happen is left out."""
+        counts = (
+            (self.skipped_no_preference, "groups skipped for lack of a preferred response"),
+            (self.skipped_long_prompt, "groups skipped for too long a prompt"),
+            (self.truncated_prompts, "prompts cut on the left"),
+            (self.truncated_responses, "responses cut at max_length"),
+            (self.border_merges, "responses tokenised apart from their prompt"),
+            (self.rewritten_by_template, "responses kept although the chat template rewrites them"),
+        )
+        line = (
+            f"{self.groups_kept:,} of {self.groups_read:,} groups kept, {self.responses:,} responses, "
+            f"{self.prompt_tokens:,} prompt and {self.response_tokens:,} response tokens"
+        )
+        return "; ".join([line, *(f"{count:,} {what}" for count, what in counts if count)])
+
+
+def write_cache(
+    groups: Iterable[ScoredGroup], tokenizer: GroupTokenizer, partition: str, folder: Path, shown: str
+) -> None:
+    """Partitions, tokenises and writes all groups, and what describes them, to `folder`.
+
+    Raises:
+        DataError: bad data, or no group of `shown` (the data source, for the message) is kept.
+    """
+    counts = dict.fromkeys((field.name for field in dataclasses.fields(DataReport)), 0)
+    prompt_lengths: list[int] = []
+    response_lengths: list[int] = []
+    response_offsets = [0]
+    digest = hashlib.sha256()
+    groups = iter(groups)
+    with ArrowWriter(path=str(folder / "groups.arrow"), features=FEATURES) as writer:
+        while batch := list(islice(groups, _BATCH_GROUPS)):
+            rows = list(_rows(batch, tokenizer, partition, counts))
+            for row in rows:
+                lengths = [len(ids) for ids in row["response_ids"]]
+                prompt_lengths.append(len(row["prompt_ids"]))
+                response_lengths.extend(lengths)
+                response_offsets.append(len(response_lengths))
+                _add_to_digest(digest, row, lengths)
+            if rows:
+                writer.write_batch({name: [row[name] for row in rows] for name in FEATURES})
+        if not counts["groups_read"]:
+            raise DataError(f"{shown} holds no groups; write at least one, or correct the path")
+        if not prompt_lengths:
+            raise DataError(
+                f"{shown}: nothing is left to train on: {DataReport(**counts)}; give responses that differ "
+                "in score, and prompts within max_prompt_length"
+            )
+        writer.finalize()
+    counts["responses"] = len(response_lengths)
+    counts["prompt_tokens"], counts["response_tokens"] = sum(prompt_lengths), sum(response_lengths)
+    for name, values in (
+        ("prompt_lengths", prompt_lengths),
+        ("response_lengths", response_lengths),
+        ("response_offsets", response_offsets),
+    ):
+        np.save(folder / f"{name}.npy", np.array(values, dtype=np.int64))
+    meta = {"fingerprint": digest.hexdigest(), "report": counts}
+    (folder / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
+
+
+def _rows(
+    batch: list[ScoredGroup], tokenizer: GroupTokenizer, partition: str, counts: dict[str, int]
+) -> Iterator[dict[str, Any]]:
+    """The kept groups of a batch as rows of `FEATURES`; adds to `counts`, named as in DataReport."""
+    masks = [preferred_mask([response.score for response in group.responses], partition) for group in batch]
+    candidates = [(group, mask) for group, mask in zip(batch, masks, strict=True) if mask.any()]
+    counts["groups_read"] += len(batch)
+    counts["skipped_no_preference"] += len(batch) - len(candidates)
+    tokens = tokenizer([group for group, _ in candidates])
+    for (group, mask), group_tokens in zip(candidates, tokens, strict=True):
+        if group_tokens is None:
+            counts["skipped_long_prompt"] += 1
+            continue
+        counts["groups_kept"] += 1
+        counts["truncated_prompts"] += group_tokens.prompt_truncated
+        counts["truncated_responses"] += group_tokens.responses_truncated
+        counts["border_merges"] += group_tokens.border_merges
+        counts["rewritten_by_template"] += group_tokens.rewritten_by_template
+        yield {
+            "id": group.id,
+            "prompt_ids": np.array(group_tokens.prompt_ids, dtype=np.int32),
+            "response_ids": [np.array(ids, dtype=np.int32) for ids in group_tokens.response_ids],
+            "scores": np.array([response.score for response in group.responses], dtype=np.float64),
+            "preferred": mask,
+        }
+
+
+def _add_to_digest(digest: "hashlib._Hash", row: dict[str, Any], response_lengths: list[int]) -> None:
+    """Adds one row, with its lengths first, so that no two different rows give the same bytes."""
+    name = row["id"].encode()
+    lengths = [len(name), len(row["prompt_ids"]), len(response_lengths), *response_lengths]
+    digest.update(np.array(lengths, dtype="<i8").tobytes() + name)
+    for ids in (row["prompt_ids"], *row["response_ids"]):
+        digest.update(ids.astype("<i4").tobytes())
+    digest.update(row["scores"].astype("<f8").tobytes() + row["preferred"].tobytes())
+
+
+def with_progress(groups: Iterable[ScoredGroup], title: str) -> Iterable[ScoredGroup]:
+    """The same groups, with a progress bar if there are many."""
+    groups = iter(groups)
+    head = list(islice(groups, _GROUPS_WITHOUT_PROGRESS + 1))
+    few = len(head) <= _GROUPS_WITHOUT_PROGRESS
+    return tqdm(chain(head, groups), desc=title, unit=" groups", mininterval=1, disable=few)
+
+
+@contextmanager
+def published(folder: Path) -> Iterator[Path]:
+    """A folder to fill, renamed to `folder` at the end and removed on an error. The caller holds the lock."""
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def cache_key(
+    path: str | Path,
+    tokenizer: "PreTrainedTokenizerBase",
+    options: TokenizeOptions,
+    partition: str,
+    split: str | None,
+    prompt_key: str | None,
+) -> str:
+    """Digest of all that the content of a cache depends on. DataError if there is no such data source."""
+    parts = {
+        "version": CACHE_VERSION,
+        "data": content_digest(path),
+        "split": split,
+        "prompt_key": prompt_key,
+        "partition": partition,
+        "options": dataclasses.asdict(options),
+        "tokenizer": _tokenizer_state(tokenizer),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _tokenizer_state(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+    """What makes the tokenizer give the ids that it gives."""
+    if tokenizer.is_fast:
+        _, _, backend = tokenizer.backend_tokenizer.to_str().partition('"added_tokens":')
+        assert backend, "before this stand truncation and padding, left by whoever used the tokenizer last"
+    else:
+        backend = f"{type(tokenizer).__qualname__} {sorted(tokenizer.get_vocab().items())}"
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return {"backend": backend, "special": special, "chat_template": tokenizer.chat_template}
