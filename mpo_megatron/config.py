@@ -1,0 +1,330 @@
+"""The typed schema of the YAML: every default and every check that needs no model and no data.
+
+A YAML in conf/ names only what differs from the defaults here. `parse` merges it into these classes: an unknown key, a
+value of the wrong type or one outside its range stops the run with the value, the rule and the fix. The
+result is frozen.
+"""
+
+import difflib
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
+
+from mpo_megatron.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """How long, how often, in which precision. Names as in NeMo and Lightning."""
+
+    num_nodes: int = 1
+    devices: int | None = None  # ranks on each node; None: as many as torchrun started
+    accelerator: str = "auto"  # auto (the GPU where there is one) | gpu | cpu
+    precision: int | str = "bf16"  # bf16 | 32
+    seed: int = 1234
+    max_epochs: int = 1
+    max_steps: int = -1  # optimizer steps; -1: all of max_epochs
+    log_every_n_steps: int = 1
+    val_check_interval: float = (
+        0  # steps between validations (>= 1), a part of an epoch (< 1), or 0: at start and end only
+    )
+    limit_val_batches: int | None = None  # validation steps of global_batch_size groups; None: all
+    save_interval: int = 0  # steps between checkpoints; 0: at the end only
+    save_at_end: bool = True
+    gradient_clip_val: float = 1.0  # global norm; 0: no clipping
+
+
+@dataclass(frozen=True)
+class PackConfig:
+    """How groups lie in a row."""
+
+    shared_prompt: bool = (
+        True  # False stores a prompt once per response: the same loss, slower; for comparison
+    )
+
+
+@dataclass(frozen=True)
+class MpoConfig:
+    """The objective. alpha is in 1 / (units of score): a preset states the score scale that it is for."""
+
+    objective: str = "wmpo"  # a name of mpo_megatron.objectives.names()
+    beta: float = 0.1
+    alpha: float = 0.1
+    weighting: str = "absolute"  # absolute (paper Eq. 6) | signed (Eq. 14) | none
+    partition: str = "mean"  # a name of mpo_megatron.data.partition.PARTITIONS
+    reference: str = "cached"  # log-probs of the starting weights, computed once and kept on disk
+
+
+@dataclass(frozen=True)
+class SchedConfig:
+    """Learning-rate schedule over the run's steps."""
+
+    name: str = "CosineAnnealing"  # CosineAnnealing | Linear | Constant
+    warmup_ratio: float = 0.1  # part of the steps in which the learning rate rises
+    warmup_steps: int | None = None  # instead of warmup_ratio
+    min_lr: float = 0.0
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW."""
+
+    lr: float = 5e-7
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    distributed: bool = True  # share the optimizer state among the data-parallel ranks
+    sched: SchedConfig = field(default_factory=SchedConfig)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which groups, and how they become tokens. Lengths are in tokens."""
+
+    train: str = MISSING  # JSONL, Parquet, a folder that `datasets` reads, or a hub name
+    validation: str | None = None
+    max_length: int = 4096  # prompt and response together
+    max_prompt_length: int = 2048
+    truncation: str = "error"  # a prompt above max_prompt_length: error | skip | left (keep its end)
+    apply_chat_template: bool | None = None  # None: if the tokenizer has a template
+    system_prompt: str | None = None
+    cache_dir: str = "~/.cache/mpo_megatron"  # tokenised data and reference log-probs
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model, its layout, and what it is trained on."""
+
+    restore_from_path: str = MISSING  # a Hugging Face folder
+    export_path: str | None = (
+        None  # where the trained Hugging Face folder goes; None: <experiment folder>/hf; "": nowhere
+    )
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    context_parallel_size: int = 1
+    sequence_parallel: bool | None = None  # None: with tensor parallelism
+    transformer_impl: str = "auto"  # auto | transformer_engine | local
+    attention_backend: str = "auto"  # auto | varlen | te | sdpa
+    activations_checkpoint_granularity: str | None = None  # None | selective | full
+    activations_checkpoint_method: str | None = None  # uniform | block, for full
+    activations_checkpoint_num_layers: int | None = None  # for full
+    make_vocab_size_divisible_by: int = 128
+    head_chunk_size: int = 1024  # response tokens whose logits exist at a time
+    global_batch_size: int = 128  # prompts (groups) per optimizer step
+    max_tokens_per_micro_batch: int = 8192  # token budget of a row
+    pack: PackConfig = field(default_factory=PackConfig)
+    mpo: MpoConfig = field(default_factory=MpoConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole YAML. `exp_manager` is NeMo's own section and is checked by NeMo."""
+
+    name: str = "mpo_gpt"
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    exp_manager: dict[str, Any] = field(default_factory=dict)
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+    @property
+    def precision(self) -> str:
+        """`bf16` or `32`."""
+        return str(self.trainer.precision)
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """As asked, or with tensor parallelism."""
+        asked = self.model.sequence_parallel
+        return self.model.tensor_model_parallel_size > 1 if asked is None else asked
+
+
+def parse(raw: DictConfig) -> Config:
+    """Merge a YAML with Hydra's overrides into the schema and check it.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type, a missing value, or a broken rule.
+    """
+    check_keys(OmegaConf.to_container(raw), Config, "")
+    try:
+        schema = OmegaConf.structured(Config)
+        _make_writable(schema)
+        config = OmegaConf.to_object(OmegaConf.merge(schema, raw))
+    except MissingMandatoryValue as error:
+        raise ConfigError(
+            f"{_key(error)} has no value; set it in the YAML or as {_key(error)}=..."
+        ) from error
+    except (ConfigKeyError, ValidationError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{_key(error)}: {str(error).splitlines()[0]}") from error
+    assert isinstance(config, Config)
+    _check_missing(config)
+    _check(config)
+    return config
+
+
+def register_schema(name: str = "schema") -> None:
+    """Enter the schema in Hydra's store, so that a YAML with `defaults: [schema, _self_]` takes any known key."""
+    schema = OmegaConf.structured(Config)
+    _make_writable(schema)
+    ConfigStore.instance().store(name=name, node=schema)
+
+
+def check_overrides(arguments: Sequence[str]) -> None:
+    """Check the keys of Hydra's `key=value` arguments before Hydra does, for a message in one sentence.
+
+    Raises:
+        ConfigError: an override names a key that the schema does not have, or cannot be parsed.
+    """
+    overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except HydraException as error:
+        raise ConfigError(f"cannot read the override: {' '.join(str(error).split())}") from error
+    for override in parsed:
+        key = override.key_or_group
+        if not key.startswith(("hydra.", "exp_manager")) and key != "hydra":
+            nested: Any = {}
+            for part in reversed(key.split(".")):
+                nested = {part: nested}
+            check_keys(nested, Config, "")
+
+
+def check_keys(value: Any, schema: type, path: str) -> None:
+    """Raise ConfigError for the first key that the schema does not have, with the nearest one that it has."""
+    if not isinstance(value, dict):
+        return
+    known = {f.name: f for f in fields(schema)}
+    for key, below in value.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {path}{near[0]}?" if near else f"known keys are {', '.join(sorted(known))}"
+            raise ConfigError(f"unknown key {path}{key}; {hint}")
+        section = known[key].type
+        if isinstance(section, type) and is_dataclass(section):
+            check_keys(below, section, f"{path}{key}.")
+
+
+def _make_writable(node: DictConfig) -> None:
+    """OmegaConf takes a frozen dataclass for a node that no YAML may change."""
+    OmegaConf.set_readonly(node, False)
+    for key in node:
+        child = None if OmegaConf.is_missing(node, key) else node[key]
+        if isinstance(child, DictConfig):
+            _make_writable(child)
+
+
+def _key(error: OmegaConfBaseException) -> str:
+    return str(getattr(error, "full_key", None) or "configuration")
+
+
+def _check_missing(config: Config) -> None:
+    for path, value in (
+        ("model.restore_from_path", config.model.restore_from_path),
+        ("model.data.train", config.model.data.train),
+    ):
+        if value == MISSING:
+            raise ConfigError(f"{path} has no value; set it in the YAML or as {path}=...")
+
+
+def _check(config: Config) -> None:
+    """Rules on single values and between them."""
+    trainer, model = config.trainer, config.model
+    mpo, optim, data = model.mpo, model.optim, model.data
+
+    _one_of("trainer.accelerator", trainer.accelerator, ("auto", "gpu", "cpu"))
+    _one_of("trainer.precision", config.precision, ("bf16", "32"))
+    _one_of("model.transformer_impl", model.transformer_impl, ("auto", "transformer_engine", "local"))
+    _one_of("model.attention_backend", model.attention_backend, ("auto", "varlen", "te", "sdpa"))
+    _one_of("model.mpo.weighting", mpo.weighting, ("absolute", "signed", "none"))
+    _one_of("model.mpo.reference", mpo.reference, ("cached",))
+    _one_of("model.optim.sched.name", optim.sched.name, ("CosineAnnealing", "Linear", "Constant"))
+    _one_of("model.data.truncation", data.truncation, ("error", "skip", "left"))
+    if model.activations_checkpoint_granularity is not None:
+        _one_of(
+            "model.activations_checkpoint_granularity",
+            model.activations_checkpoint_granularity,
+            ("selective", "full"),
+        )
+    if model.activations_checkpoint_granularity == "full":
+        _one_of(
+            "model.activations_checkpoint_method", model.activations_checkpoint_method, ("uniform", "block")
+        )
+        _at_least("model.activations_checkpoint_num_layers", model.activations_checkpoint_num_layers or 0, 1)
+
+    for name in (
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "context_parallel_size",
+        "global_batch_size",
+        "max_tokens_per_micro_batch",
+        "make_vocab_size_divisible_by",
+        "head_chunk_size",
+    ):
+        _at_least(f"model.{name}", getattr(model, name), 1)
+    for name in ("num_nodes", "max_epochs", "log_every_n_steps"):
+        _at_least(f"trainer.{name}", getattr(trainer, name), 1)
+    for name in ("val_check_interval", "save_interval", "gradient_clip_val"):
+        _at_least(f"trainer.{name}", getattr(trainer, name), 0)
+    if trainer.max_steps != -1:
+        _at_least("trainer.max_steps", trainer.max_steps, 1)
+    if trainer.val_check_interval >= 1 and trainer.val_check_interval != int(trainer.val_check_interval):
+        raise ConfigError(
+            f"trainer.val_check_interval={trainer.val_check_interval} must be a whole number of steps, or below 1"
+        )
+
+    for name, size in (
+        ("context_parallel_size", model.context_parallel_size),
+        ("virtual_pipeline_model_parallel_size", model.virtual_pipeline_model_parallel_size or 1),
+    ):
+        if size > 1:
+            raise ConfigError(
+                f"model.{name}={size} is not supported yet; remove it, and use tensor, pipeline and data parallelism"
+            )
+    if model.sequence_parallel and model.tensor_model_parallel_size == 1:
+        raise ConfigError(
+            "model.sequence_parallel=true needs tensor_model_parallel_size > 1; "
+            "set it to false or raise tensor_model_parallel_size"
+        )
+    _positive("model.mpo.beta", mpo.beta)
+    _at_least("model.mpo.alpha", mpo.alpha, 0)
+    _positive("model.optim.lr", optim.lr)
+    _at_least("model.optim.sched.min_lr", optim.sched.min_lr, 0)
+    if optim.sched.min_lr > optim.lr:
+        raise ConfigError(
+            f"model.optim.sched.min_lr={optim.sched.min_lr} is above model.optim.lr={optim.lr}; lower it"
+        )
+    if not 0 <= optim.sched.warmup_ratio <= 1:
+        raise ConfigError(
+            f"model.optim.sched.warmup_ratio={optim.sched.warmup_ratio} must be between 0 and 1"
+        )
+    if not all(0 <= b < 1 for b in optim.betas):
+        raise ConfigError(f"model.optim.betas={list(optim.betas)} must be in [0, 1)")
+    _at_least("model.data.max_prompt_length", data.max_prompt_length, 1)
+    if data.max_length <= data.max_prompt_length:
+        raise ConfigError(
+            f"model.data.max_length={data.max_length} leaves no room for a response after a prompt of "
+            f"model.data.max_prompt_length={data.max_prompt_length} tokens; raise the first or lower the second"
+        )
+
+
+def _one_of(name: str, value: Any, allowed: Collection[str]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name}={value} is not known; choose one of {', '.join(allowed)}")
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if not (math.isfinite(value) and value >= least):
+        raise ConfigError(f"{name}={value} must be {least} or more")
+
+
+def _positive(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ConfigError(f"{name}={value} must be positive")

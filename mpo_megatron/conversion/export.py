@@ -1,0 +1,111 @@
+"""Write the trained model as a Hugging Face folder, parameter by parameter, from any tensor / pipeline layout."""
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from mpo_megatron.conversion.hf_folder import WeightWriter, copy_all_but_weights
+from mpo_megatron.conversion.load import global_parameter_names
+from mpo_megatron.conversion.names import Entry, entries
+from mpo_megatron.conversion.transforms import Cut
+from mpo_megatron.model.architecture import Architecture
+from mpo_megatron.model.provider import GroupModel
+from mpo_megatron.runtime.parallel import ParallelLayout
+
+
+def export_hf(
+    model: GroupModel,
+    architecture: Architecture,
+    layout: ParallelLayout,
+    *,
+    source: str | Path,
+    output: str | Path,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write config, tokenizer and weights to `output`; all ranks call it, rank 0 writes.
+
+    The weights have the dtype that the model was trained in; the vocabulary's padding is left out; tied weights are
+    written once. The folder appears under its name when it is complete, in the place of an older one.
+
+    Args:
+        model: this rank's unwrapped model.
+        source: the Hugging Face folder that the run started from, for everything but the weights.
+        output: the folder to make.
+    """
+    parameters = global_parameter_names(model)
+    holdings = _holdings(parameters, layout)
+    dtype = next(iter(parameters.values())).dtype
+    target = Path(output)
+    writer, temporary = None, None
+    if layout.is_main:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        temporary.chmod(0o755)
+        copy_all_but_weights(Path(source), temporary, dtype)
+        writer = WeightWriter(temporary, max_shard_bytes)
+    for entry in entries(architecture):
+        shards = _gather(entry, parameters, holdings, layout, dtype)
+        if shards is not None:
+            cut = Cut(architecture, shards[0].size(0) * layout.tp, 0, layout.tp)
+            assert writer is not None
+            for name, tensor in zip(entry.hugging_face, entry.kind.join(shards, cut), strict=True):
+                writer.add(name, tensor)
+    if writer is not None and temporary is not None:
+        writer.close()
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.rename(target)
+    dist.barrier()
+
+
+@dataclass(frozen=True)
+class _Holding:
+    """Where a parameter is: the rank that speaks for its stage, and the shape of each shard."""
+
+    rank: int
+    shape: torch.Size
+
+
+def _holdings(parameters: dict[str, torch.nn.Parameter], layout: ParallelLayout) -> dict[str, _Holding]:
+    """By Megatron name, from every stage of the first data-parallel replica; the same on all ranks."""
+    speaks = layout.dp_rank == layout.cp_rank == layout.tp_rank == 0
+    mine = {name: _Holding(layout.rank, p.shape) for name, p in parameters.items()} if speaks else {}
+    everyone: list[dict[str, _Holding]] = [{} for _ in range(layout.world_size)]
+    dist.all_gather_object(everyone, mine)
+    return {name: holding for held in everyone for name, holding in held.items()}
+
+
+def _gather(
+    entry: Entry,
+    parameters: dict[str, torch.nn.Parameter],
+    holdings: dict[str, _Holding],
+    layout: ParallelLayout,
+    dtype: torch.dtype,
+) -> list[Tensor] | None:
+    """On rank 0 the parameter's shards in tensor-parallel order, on the CPU; None on the other ranks.
+
+    The first data-parallel replica gathers over its tensor-parallel group on the stage that holds the parameter; that
+    stage's first rank hands the shards on to rank 0.
+    """
+    if layout.dp_rank or layout.cp_rank:
+        return None
+    name = next(name for name in entry.megatron if name in holdings)
+    holding = holdings[name]
+    stacked = torch.empty(layout.tp, *holding.shape, dtype=dtype, device=layout.device)
+    if name in parameters:
+        dist.all_gather(
+            list(stacked.unbind()),
+            parameters[name].detach(),
+            group=parallel_state.get_tensor_model_parallel_group(),
+        )
+    if layout.rank == holding.rank != 0:
+        dist.send(stacked, dst=0)
+    elif layout.is_main and holding.rank != 0:
+        dist.recv(stacked, src=holding.rank)
+    return list(stacked.cpu().unbind()) if layout.is_main else None

@@ -1,0 +1,130 @@
+"""Read and write the files of a Hugging Face model folder."""
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mpo_megatron.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.index.json")
+
+
+class WeightReader:
+    """The tensors of a folder's safetensors files by name, read when they are indexed.
+
+    Raises:
+        CheckpointError: there are no safetensors files, a shard is missing or unreadable, a tensor is not there.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._open: dict[str, Any] = {}
+        self._files = self._find()
+
+    def _find(self) -> dict[str, str]:
+        """Tensor name to file name."""
+        index = self.folder / INDEX
+        if index.is_file():
+            found: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            for file in sorted(set(found.values())):
+                if not (self.folder / file).is_file():
+                    raise CheckpointError(
+                        f"{self.folder / file} is missing, though {INDEX} names it; copy the shard there"
+                    )
+            return found
+        if not (self.folder / SINGLE).is_file():
+            raise CheckpointError(
+                f"{self.folder} holds neither {SINGLE} nor {INDEX}; save the model with "
+                "save_pretrained(..., safe_serialization=True)"
+            )
+        return dict.fromkeys(self._handle(SINGLE).keys(), SINGLE)
+
+    def _handle(self, file: str) -> Any:
+        if file not in self._open:
+            try:
+                self._open[file] = safe_open(self.folder / file, framework="pt")
+            except SafetensorError as error:
+                raise CheckpointError(
+                    f"{self.folder / file} cannot be read ({error}); copy or download it again"
+                ) from error
+        return self._open[file]
+
+    def names(self) -> list[str]:
+        """All tensor names, sorted."""
+        return sorted(self._files)
+
+    def lazy(self, name: str) -> Any:
+        """The tensor of that name as a safetensors slice: index it to read."""
+        if name not in self._files:
+            raise CheckpointError(
+                f"{self.folder} has no tensor {name!r}, which the model's config.json asks for"
+            )
+        return self._handle(self._files[name]).get_slice(name)
+
+
+class WeightWriter:
+    """Writes tensors, given one by one, to sharded safetensors files and their index."""
+
+    def __init__(self, folder: Path, max_shard_bytes: int) -> None:
+        self.folder = folder
+        self.max_shard_bytes = max_shard_bytes
+        self._current: dict[str, Tensor] = {}
+        self._shards: list[list[str]] = []
+        self._total_bytes = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take the next tensor; a shard that would grow over the limit is written first."""
+        if (
+            self._current
+            and sum(t.nbytes for t in self._current.values()) + tensor.nbytes > self.max_shard_bytes
+        ):
+            self._flush()
+        self._current[name] = tensor.contiguous()
+        self._total_bytes += tensor.nbytes
+
+    def _flush(self) -> None:
+        save_file(self._current, self.folder / f"shard-{len(self._shards)}", metadata={"format": "pt"})
+        self._shards.append(list(self._current))
+        self._current = {}
+
+    def close(self) -> None:
+        """Write the last shard, give the shards their final names, and write the index where there are several."""
+        self._flush()
+        count = len(self._shards)
+        files = (
+            [SINGLE]
+            if count == 1
+            else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        )
+        for i, file in enumerate(files):
+            (self.folder / f"shard-{i}").rename(self.folder / file)
+        if count > 1:
+            weight_map = {
+                name: file for file, names in zip(files, self._shards, strict=True) for name in names
+            }
+            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def copy_all_but_weights(source: Path, target: Path, dtype: torch.dtype) -> None:
+    """Copy config, generation config, tokenizer and chat template; config.json names the weights' new dtype."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and not _matches(path, WEIGHT_PATTERNS):
+            shutil.copyfile(path, target / path.name)
+    config = json.loads((target / "config.json").read_text())
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    config[key] = str(dtype).removeprefix("torch.")
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _matches(path: Path, patterns: Iterable[str]) -> bool:
+    return any(path.match(pattern) for pattern in patterns)

@@ -1,0 +1,82 @@
+"""Which Hugging Face tensors make up which Megatron parameter.
+
+`{i}` is the layer's number from 0 over the whole model. Megatron's norms have two names: their own under the
+local layer spec, and inside the linear layer that they are fused with under Transformer Engine's.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mpo_megatron.conversion import transforms
+from mpo_megatron.model.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One Megatron parameter: its possible names, the Hugging Face tensors behind it, and their relation."""
+
+    megatron: tuple[str, ...]
+    hugging_face: tuple[str, ...]
+    kind: transforms.Kind
+
+
+EMBEDDING = Entry(
+    ("embedding.word_embeddings.weight",), ("model.embed_tokens.weight",), transforms.VOCABULARY
+)
+FINAL_NORM = Entry(("decoder.final_layernorm.weight",), ("model.norm.weight",), transforms.REPLICATED)
+OUTPUT = Entry(("output_layer.weight",), ("lm_head.weight",), transforms.VOCABULARY)
+# With tied embeddings the last pipeline stage holds a copy of the embedding under the output layer's name.
+TIED_OUTPUT = Entry(("output_layer.weight",), ("model.embed_tokens.weight",), transforms.VOCABULARY)
+
+_LAYER = "decoder.layers.{i}."
+_HF_LAYER = "model.layers.{i}."
+LLAMA_LAYER = (
+    Entry(
+        (_LAYER + "input_layernorm.weight", _LAYER + "self_attention.linear_qkv.layer_norm_weight"),
+        (_HF_LAYER + "input_layernorm.weight",),
+        transforms.REPLICATED,
+    ),
+    Entry(
+        (_LAYER + "self_attention.linear_qkv.weight",),
+        tuple(_HF_LAYER + f"self_attn.{name}_proj.weight" for name in "qkv"),
+        transforms.QKV,
+    ),
+    Entry(
+        (_LAYER + "self_attention.linear_proj.weight",),
+        (_HF_LAYER + "self_attn.o_proj.weight",),
+        transforms.COLUMNS,
+    ),
+    Entry(
+        (_LAYER + "pre_mlp_layernorm.weight", _LAYER + "mlp.linear_fc1.layer_norm_weight"),
+        (_HF_LAYER + "post_attention_layernorm.weight",),
+        transforms.REPLICATED,
+    ),
+    Entry(
+        (_LAYER + "mlp.linear_fc1.weight",),
+        (_HF_LAYER + "mlp.gate_proj.weight", _HF_LAYER + "mlp.up_proj.weight"),
+        transforms.GATE_UP,
+    ),
+    Entry((_LAYER + "mlp.linear_fc2.weight",), (_HF_LAYER + "mlp.down_proj.weight",), transforms.COLUMNS),
+)
+
+
+def entries(architecture: Architecture) -> Iterator[Entry]:
+    """The parameters of the whole model in order, layer numbers filled in; each Hugging Face tensor is in one."""
+    yield EMBEDDING
+    for i in range(architecture.num_layers):
+        for entry in LLAMA_LAYER:
+            yield Entry(
+                tuple(name.format(i=i) for name in entry.megatron),
+                tuple(name.format(i=i) for name in entry.hugging_face),
+                entry.kind,
+            )
+    yield FINAL_NORM
+    if not architecture.tied_embeddings:
+        yield OUTPUT
+
+
+def by_megatron_name(architecture: Architecture) -> dict[str, Entry]:
+    """Every Megatron name, of either layer spec, to its entry; the tied output layer's copy included."""
+    table = {name: entry for entry in entries(architecture) for name in entry.megatron}
+    table.setdefault("output_layer.weight", TIED_OUTPUT)
+    return table

@@ -1,0 +1,1 @@
+"""Megatron-core's GPTModel for packed rows: architecture, rotary positions, shared-prompt attention, response head."""

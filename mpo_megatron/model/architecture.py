@@ -1,0 +1,172 @@
+"""What a Hugging Face config.json says of a model, in one record, and the checks that need it."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpo_megatron.errors import ConfigError
+from mpo_megatron.scheduling.plan import CostModel
+
+# Families whose decoder block is Llama's: pre-norm RMSNorm, rotary GQA attention, SwiGLU, no biases.
+FAMILIES = ("llama", "mistral")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes of a Llama-like decoder. `inverse_frequencies` are RoPE's, [head_dim / 2], rope scaling included."""
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+    norm_epsilon: float
+    tied_embeddings: bool
+    sliding_window: int | None
+    inverse_frequencies: tuple[float, ...]
+
+    def padded_vocab_size(self, multiple: int, tp: int) -> int:
+        """The vocabulary rounded up so that each tensor-parallel rank holds a multiple of `multiple` rows."""
+        unit = multiple * tp
+        return math.ceil(self.vocab_size / unit) * unit
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the whole model, tied embeddings counted once."""
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
+        norms = self.hidden_size * (2 * self.num_layers + 1)
+        return embeddings + norms + self.num_layers * self._matrix_parameters
+
+    @property
+    def _matrix_parameters(self) -> int:
+        """Parameters of one layer's matrices."""
+        attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
+        return attention + 3 * self.hidden_size * self.ffn_hidden_size
+
+    @property
+    def cost_model(self) -> CostModel:
+        """Forward FLOPs by tokens, attention pairs and response tokens (the head runs on response tokens only)."""
+        return CostModel(
+            per_token=2.0 * self.num_layers * self._matrix_parameters,
+            per_attention_pair=4.0 * self.num_layers * self.num_heads * self.head_dim,
+            per_response_token=2.0 * self.hidden_size * self.vocab_size,
+        )
+
+
+def read_architecture(folder: str | Path) -> Architecture:
+    """Read `config.json` of a Hugging Face folder.
+
+    Raises:
+        ConfigError: no such folder or config, a family or a feature that is not supported.
+    """
+    from transformers import AutoConfig
+
+    path = Path(folder)
+    if not (path / "config.json").is_file():
+        raise ConfigError(
+            f"model.restore_from_path={folder}: there is no config.json in {path.absolute()}; "
+            "give the folder of a Hugging Face model (config.json, *.safetensors, tokenizer files)"
+        )
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except Exception as error:
+        raise ConfigError(f"{path / 'config.json'} cannot be read: {' '.join(str(error).split())}") from error
+    return architecture_of(config, str(path))
+
+
+def architecture_of(config: Any, where: str = "config") -> Architecture:
+    """The Architecture of a transformers config object; `where` names it in errors."""
+    family = config.model_type
+    if family not in FAMILIES:
+        raise ConfigError(
+            f"{where}: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}"
+        )
+    for name, wanted in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
+        value = getattr(config, name, wanted)
+        if value != wanted:
+            raise ConfigError(f"{where}: {name}={value!r} is not supported; it must be {wanted!r}")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Architecture(
+        family=family,
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.intermediate_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads or config.num_attention_heads,
+        head_dim=head_dim,
+        vocab_size=config.vocab_size,
+        max_positions=config.max_position_embeddings,
+        norm_epsilon=config.rms_norm_eps,
+        tied_embeddings=bool(config.tie_word_embeddings),
+        sliding_window=getattr(config, "sliding_window", None),
+        inverse_frequencies=_inverse_frequencies(config, head_dim, where),
+    )
+
+
+def _inverse_frequencies(config: Any, head_dim: int, where: str) -> tuple[float, ...]:
+    """RoPE's inverse frequencies as transformers computes them, so that both sides rotate by the same angles."""
+    import torch
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = _rope_parameters(config)
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+        inverse = 1.0 / (rope["rope_theta"] ** exponents)
+    elif kind in ("linear", "llama3"):
+        inverse, attention_factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+        assert attention_factor == 1.0, f"rope type {kind} scales attention by {attention_factor}"
+    else:
+        raise ConfigError(
+            f"{where}: rope_type {kind!r} is not supported; supported are default, linear and llama3"
+        )
+    return tuple(inverse.tolist())
+
+
+def _rope_parameters(config: Any) -> dict[str, Any]:
+    """`rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling` of transformers 4, as one dictionary."""
+    parameters = getattr(config, "rope_parameters", None)
+    if parameters:
+        return dict(parameters)
+    scaling = dict(getattr(config, "rope_scaling", None) or {})
+    scaling.setdefault("rope_type", scaling.pop("type", "default"))
+    return {"rope_theta": config.rope_theta, **scaling}
+
+
+def check_layout(architecture: Architecture, *, tp: int, pp: int, max_length: int) -> None:
+    """Check that the model can be cut as asked and is used within what it was made for.
+
+    Raises:
+        ConfigError: a size does not divide, or `data.max_length` is above what the model attends to.
+    """
+    if architecture.num_heads % tp or architecture.num_kv_heads % tp:
+        fitting = [n for n in range(1, architecture.num_kv_heads + 1) if not architecture.num_kv_heads % n]
+        fitting = [n for n in fitting if not architecture.num_heads % n]
+        raise ConfigError(
+            f"model.tensor_model_parallel_size={tp} does not divide the model's {architecture.num_heads} attention "
+            f"heads and {architecture.num_kv_heads} key-value heads; use one of {', '.join(map(str, fitting))}"
+        )
+    if architecture.ffn_hidden_size % tp:
+        raise ConfigError(
+            f"model.tensor_model_parallel_size={tp} does not divide the model's feed-forward size "
+            f"{architecture.ffn_hidden_size}; use a divisor of it"
+        )
+    if architecture.num_layers % pp:
+        fitting = [n for n in range(1, architecture.num_layers + 1) if not architecture.num_layers % n]
+        raise ConfigError(
+            f"model.pipeline_model_parallel_size={pp} does not divide the model's {architecture.num_layers} layers; "
+            f"use one of {', '.join(map(str, fitting))}"
+        )
+    for limit, name in (
+        (architecture.max_positions, "max_position_embeddings"),
+        (architecture.sliding_window, "sliding_window"),
+    ):
+        if limit is not None and max_length > limit:
+            raise ConfigError(
+                f"model.data.max_length={max_length} is above the model's {name}={limit}; set it to {limit} or less"
+            )

@@ -1,0 +1,19 @@
+"""RMSNorm for the local layer spec, where apex and Transformer Engine are absent.
+
+Megatron-core's own fallback refuses sequence parallelism; all that it needs is the mark on the weight that tells
+Megatron to sum the weight's gradient over the tensor-parallel ranks, each of which sees a part of the sequence.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """x / rms(x) * weight over the last dimension, Megatron's constructor signature."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
+        device = torch.cuda.current_device() if not config.use_cpu_initialization else "cpu"
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=device)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

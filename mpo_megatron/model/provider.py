@@ -1,0 +1,192 @@
+"""Build this rank's part of the model: configuration, layer spec, and GPTModel chunks for packed rows."""
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from mpo_megatron.errors import ConfigError
+from mpo_megatron.model.architecture import Architecture
+from mpo_megatron.model.attention import SharedPromptAttention, choose_backend
+from mpo_megatron.model.head import ResponseHead
+from mpo_megatron.model.norm import RMSNorm
+from mpo_megatron.model.rotary import PositionRotaryEmbedding
+from mpo_megatron.model.segments import RowParams
+from mpo_megatron.runtime.parallel import ParallelLayout
+from mpo_megatron.scheduling.pack import PackedRow
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How the model is built and run, apart from its architecture and the parallel layout."""
+
+    dtype: torch.dtype = torch.float32
+    sequence_parallel: bool = False
+    transformer_impl: str = "auto"  # auto | transformer_engine | local
+    attention_backend: str = "auto"  # auto | te | varlen | sdpa
+    make_vocab_size_divisible_by: int = 128
+    head_chunk_size: int = 1024  # positions whose logits exist at a time
+    recompute_granularity: str | None = None  # None | selective | full
+    recompute_method: str | None = None  # uniform | block, for full
+    recompute_num_layers: int | None = None
+
+
+class GroupModel(GPTModel):
+    """GPTModel whose input is a packed row and whose last stage returns log-probability sums."""
+
+    def forward(self, row: PackedRow) -> Tensor:
+        """Hidden states [T, 1, H] between pipeline stages; [1, R, 1] float32 log-probability sums from the last."""
+        if self.post_process:
+            self.output_layer.row = row
+        return super().forward(
+            row.tokens[None], row.position_ids[None], None, packed_seq_params=RowParams(row)
+        )
+
+
+def uses_transformer_engine(options: ModelOptions, device: torch.device) -> bool:
+    """Whether the layers come from Transformer Engine.
+
+    Raises:
+        ConfigError: it was asked for and is not there.
+    """
+    available = device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
+    if options.transformer_impl == "transformer_engine" and not available:
+        raise ConfigError(
+            "model.transformer_impl=transformer_engine needs a GPU and the transformer_engine package; "
+            "install it (pip install 'mpo-megatron[te]') or set model.transformer_impl=auto"
+        )
+    return available and options.transformer_impl != "local"
+
+
+def transformer_config(
+    architecture: Architecture, layout: ParallelLayout, options: ModelOptions
+) -> TransformerConfig:
+    """Megatron's configuration of this model at this layout."""
+    on_gpu = layout.device.type == "cuda"
+    te = uses_transformer_engine(options, layout.device)
+    return TransformerConfig(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        num_attention_heads=architecture.num_heads,
+        num_query_groups=architecture.num_kv_heads,
+        kv_channels=architecture.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=options.dtype,
+        pipeline_dtype=options.dtype,
+        bf16=options.dtype == torch.bfloat16,
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        context_parallel_size=layout.cp,
+        sequence_parallel=options.sequence_parallel,
+        use_cpu_initialization=not on_gpu,
+        perform_initialization=False,  # every weight is read from the checkpoint
+        bias_activation_fusion=on_gpu,
+        bias_dropout_fusion=on_gpu,
+        apply_rope_fusion=te,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=te,
+        recompute_granularity=options.recompute_granularity,
+        recompute_method=options.recompute_method,
+        recompute_num_layers=options.recompute_num_layers,
+        # The loss is a sum over groups and a count: Megatron divides once, by the count of the whole global batch.
+        calculate_per_token_loss=True,
+        finalize_model_grads_func=finalize_model_grads,
+    )
+
+
+def layer_spec(architecture: Architecture, te: bool, backend: str) -> ModuleSpec:
+    """Megatron's layer spec with shared-prompt attention in it."""
+    if te:
+        spec = get_gpt_layer_with_transformer_engine_spec()
+    else:
+        spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
+    attention = ModuleSpec(module=SharedPromptAttention, params={"backend": backend})
+    spec.submodules.self_attention.submodules.core_attention = attention
+    return spec
+
+
+def build_model(
+    architecture: Architecture, layout: ParallelLayout, options: ModelOptions
+) -> list[torch.nn.Module]:
+    """This rank's model chunks, weights not yet filled, in bf16 wrapped in Megatron's Float16Module.
+
+    Raises:
+        ConfigError: a backend or implementation that was asked for is not there.
+    """
+    config = transformer_config(architecture, layout, options)
+    te = uses_transformer_engine(options, layout.device)
+    spec = layer_spec(
+        architecture, te, choose_backend(options.attention_backend, layout.device, options.dtype)
+    )
+    vocab_size = architecture.padded_vocab_size(options.make_vocab_size_divisible_by, layout.tp)
+    block: Any = (
+        spec
+        if te
+        else TransformerBlockSubmodules([spec] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    )
+    model = GroupModel(
+        config,
+        block,
+        vocab_size=vocab_size,
+        max_sequence_length=architecture.max_positions,
+        pre_process=layout.pp_rank == 0,
+        post_process=layout.is_last_stage,
+        share_embeddings_and_output_weights=architecture.tied_embeddings,
+        position_embedding_type="rope",
+    )
+    model.rotary_pos_emb = PositionRotaryEmbedding(architecture.inverse_frequencies, layout.device)
+    if model.post_process:
+        ResponseHead.take_over(model.output_layer, architecture.vocab_size, options.head_chunk_size)
+    _mark_tensor_parallel(model)
+    if layout.device.type == "cuda":
+        model.cuda(layout.device)
+    return [Float16Module(config, model) if config.bf16 else model]
+
+
+def _mark_tensor_parallel(model: torch.nn.Module) -> None:
+    """Mark which weights are cut over tensor-parallel ranks; the gradient norm counts the others on one rank only.
+
+    Megatron-core 0.16 leaves the marks out where it does not initialise the weights.
+    """
+    partitioned = (
+        (tensor_parallel.ColumnParallelLinear, 0),
+        (tensor_parallel.RowParallelLinear, 1),
+        (tensor_parallel.VocabParallelEmbedding, 0),
+    )
+    for module in model.modules():
+        for kind, dim in partitioned:
+            weight = getattr(module, "weight", None)
+            if (
+                isinstance(module, kind)
+                and weight is not None
+                and not hasattr(weight, "tensor_model_parallel")
+            ):
+                tensor_parallel.set_tensor_model_parallel_attributes(weight, True, dim, 1)
+
+
+def unwrap(module: Any) -> GroupModel:
+    """The GroupModel inside Megatron's wrappers (distributed data parallel, Float16Module)."""
+    while not isinstance(module, GroupModel):
+        module = module.module
+    return module

@@ -1,0 +1,87 @@
+"""Attention backends against dense softmax attention with an explicit mask, forward and backward."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from mpo_megatron.errors import ConfigError
+from mpo_megatron.model.attention import choose_backend, sdpa, varlen
+from mpo_megatron.model.segments import RowParams
+from mpo_megatron.scheduling.pack import pack_row
+from tests.helpers.models import make_groups
+
+HEADS, KV_HEADS, SIZE = 6, 2, 8
+
+
+def params(shared_prompt: bool = True) -> RowParams:
+    groups = make_groups([3, 2, 5], 50)
+    return RowParams(
+        pack_row(groups, [range(3), range(3, 5), range(5, 10)], row_tokens=320, shared_prompt=shared_prompt)
+    )
+
+
+def inputs(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((tokens, HEADS, SIZE), (tokens, KV_HEADS, SIZE), (tokens, KV_HEADS, SIZE))
+    return tuple(torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes)  # type: ignore[return-value]
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, row: RowParams) -> Tensor:
+    """The definition: token t sees token u if u is of its own segment or of its segment's prompt, and not after it."""
+    used = row.row.used_tokens
+    owner = torch.full((used,), -1)
+    prompt_of = torch.full((used,), -1)
+    for number, segment in enumerate(row.segments):
+        owner[segment.own.start : segment.own.stop] = number
+        if segment.prompt is not None:
+            prompt_of[segment.own.start : segment.own.stop] = owner[segment.prompt.start]
+    seen = (owner[:, None] == owner[None]) | (prompt_of[:, None] == owner[None])
+    seen &= torch.ones(used, used).tril().bool()
+    k, v = (t[:used].repeat_interleave(HEADS // KV_HEADS, 1) for t in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q[:used], k) / SIZE**0.5
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, v).flatten(1)
+
+
+def per_segment_kernel(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int
+) -> Tensor:
+    """What FlashAttention's variable-length kernel computes, bottom-right causal, in plain torch."""
+    assert cu_q.dtype == cu_k.dtype == torch.int32
+    assert cu_q[-1] == q.size(0)
+    assert cu_k[-1] == k.size(0)
+    outputs = []
+    for q0, q1, k0, k1 in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:], strict=True):
+        assert q1 - q0 <= max_q
+        assert k1 - k0 <= max_k
+        keys, values = (t[k0:k1].repeat_interleave(HEADS // KV_HEADS, 1) for t in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q[q0:q1], keys) / SIZE**0.5
+        mask = torch.ones(q1 - q0, k1 - k0).tril(int((k1 - k0) - (q1 - q0))).bool()
+        outputs.append(
+            torch.einsum("hqk,khd->qhd", scores.masked_fill(~mask, -torch.inf).softmax(-1), values)
+        )
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("backend", [sdpa, varlen(per_segment_kernel)], ids=["sdpa", "varlen"])
+@pytest.mark.parametrize("shared_prompt", [True, False])
+def test_backends_compute_the_definition(backend, shared_prompt: bool) -> None:
+    row = params(shared_prompt)
+    ours, theirs = inputs(320), inputs(320)
+    out, wanted = backend(*ours, row), dense(*theirs, row)
+    torch.testing.assert_close(out, wanted, rtol=1e-10, atol=1e-12)
+    weights = torch.randn_like(wanted)
+    (out * weights).sum().backward()
+    (wanted * weights).sum().backward()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-11)
+        assert a.grad is not None
+        assert a.grad.abs().sum() > 0
+
+
+def test_the_choice_on_a_cpu_is_sdpa_and_others_are_refused() -> None:
+    cpu = torch.device("cpu")
+    assert choose_backend("auto", cpu, torch.bfloat16) == "sdpa"
+    for name in ("varlen", "te"):
+        with pytest.raises(ConfigError, match=f"attention_backend={name} needs a GPU"):
+            choose_backend(name, cpu, torch.bfloat16)

@@ -1,0 +1,99 @@
+"""The schema: defaults, overrides, and one sentence for each thing that is wrong."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from mpo_megatron.config import Config, check_overrides, parse
+from mpo_megatron.errors import ConfigError
+
+CONF = Path(__file__).parents[2] / "conf"
+
+
+def raw(*overrides: str) -> DictConfig:
+    base = OmegaConf.create({"model": {"restore_from_path": "m", "data": {"train": "d.jsonl"}}})
+    for override in overrides:
+        key, value = override.split("=", 1)
+        OmegaConf.update(base, key, yaml.safe_load(value), force_add=True)
+    return base
+
+
+def test_the_main_yaml_parses_and_repeats_no_default() -> None:
+    main = OmegaConf.load(CONF / "mpo_gpt.yaml")
+    assert isinstance(main, DictConfig)
+    main.pop("defaults")
+    config = parse(main)
+    assert config.model.mpo.objective == "wmpo"
+    assert config.model.optim.lr == pytest.approx(main.model.optim.lr)
+    assert config.exp_manager["name"] == "mpo_gpt"
+
+
+def test_the_result_is_frozen() -> None:
+    config = parse(raw())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.model.mpo.beta = 3.0  # type: ignore[misc]
+
+
+def test_sequence_parallelism_comes_with_tensor_parallelism() -> None:
+    assert not parse(raw()).sequence_parallel
+    assert parse(raw("model.tensor_model_parallel_size=2")).sequence_parallel
+    assert not parse(
+        raw("model.tensor_model_parallel_size=2", "model.sequence_parallel=false")
+    ).sequence_parallel
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.mpo.bta=1", "unknown key model.mpo.bta; did you mean model.mpo.beta?"),
+        ("modl.x=1", "unknown key modl; did you mean model?"),
+        ("model.data.zzz=1", "unknown key model.data.zzz; known keys are"),
+        ("model.mpo.beta=0", "model.mpo.beta=0.0 must be positive"),
+        ("model.mpo.beta=.nan", "model.mpo.beta=nan must be positive"),
+        ("model.mpo.alpha=-1", "model.mpo.alpha=-1.0 must be 0 or more"),
+        ("model.mpo.weighting=square", "choose one of absolute, signed, none"),
+        (
+            "trainer.max_steps=soon",
+            "trainer.max_steps: Value 'soon' of type 'str' could not be converted to Integer",
+        ),
+        ("trainer.max_steps=0", "trainer.max_steps=0 must be 1 or more"),
+        ("trainer.precision=fp8", "trainer.precision=fp8 is not known; choose one of bf16, 32"),
+        ("trainer.val_check_interval=2.5", "must be a whole number of steps"),
+        ("model.context_parallel_size=2", "model.context_parallel_size=2 is not supported yet"),
+        ("model.sequence_parallel=true", "needs tensor_model_parallel_size > 1"),
+        ("model.data.max_length=100", "leaves no room for a response"),
+        ("model.data.train=???", "model.data.train has no value"),
+        ("model.restore_from_path=???", "model.restore_from_path has no value"),
+        ("model.optim.betas=[0.9,1.0]", "must be in [0, 1)"),
+        ("model.optim.sched.min_lr=1", "is above model.optim.lr"),
+        (
+            "model.activations_checkpoint_granularity=full",
+            "model.activations_checkpoint_method=None is not known",
+        ),
+    ],
+)
+def test_each_wrong_value_is_one_sentence(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        parse(raw(override))
+    assert "\n" not in str(caught.value)
+
+
+def test_overrides_are_checked_before_hydra_sees_them() -> None:
+    check_overrides(
+        ["model.mpo.beta=0.1", "exp_manager.wandb_logger_kwargs.name=x", "hydra.verbose=true", "--cfg", "job"]
+    )
+    with pytest.raises(ConfigError, match=r"unknown key model\.mpo\.bta; did you mean model\.mpo\.beta\?"):
+        check_overrides(["model.mpo.bta=0.1"])
+    with pytest.raises(ConfigError, match="cannot read the override"):
+        check_overrides(["model.data.train=[a"])
+
+
+def test_every_field_of_the_schema_has_a_default_or_is_required() -> None:
+    required = {"restore_from_path", "train"}
+    for section in (Config(), Config().trainer, Config().model, Config().model.mpo, Config().model.data):
+        for field in dataclasses.fields(section):
+            assert (getattr(section, field.name) == "???") == (field.name in required), field.name
