@@ -1,0 +1,42 @@
+"""Train a language model with MPO or W-MPO on groups of scored responses.
+
+    torchrun --nproc-per-node 2 examples/mpo_gpt.py [--config-name NAME] [key=value ...]
+
+The configuration is conf/NAME.yaml (mpo_gpt by default); every key and its default is in mpo_megatron/config.py.
+"""
+
+import os
+import sys
+
+from mpo_megatron.runtime.quiet import quiet_third_parties
+
+quiet_third_parties()
+
+from nemo.core.config import hydra_runner  # noqa: E402  (its import warns)
+from omegaconf import DictConfig  # noqa: E402
+
+from mpo_megatron.config import check_overrides, parse, register_schema  # noqa: E402
+from mpo_megatron.errors import UserError  # noqa: E402
+from mpo_megatron.training.trainer import train  # noqa: E402
+
+
+@hydra_runner(config_path="../conf", config_name="mpo_gpt")
+def run(raw: DictConfig) -> None:
+    train(parse(raw))
+
+
+def main() -> int:
+    """Run the job. Returns the exit status; what a user must mend is one sentence, not a traceback."""
+    register_schema()
+    try:
+        check_overrides(sys.argv[1:])
+        run()
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""The experiment folder and its loggers, through NeMo's exp_manager.
+
+The training loop is ours, so exp_manager gets a bare Lightning trainer: it makes the folder and attaches the loggers
+(TensorBoard, Weights & Biases, MLflow) that the YAML asks for.
+"""
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from mpo_megatron.config import Config
+from mpo_megatron.errors import ConfigError
+
+METRICS_FILE = "metrics.jsonl"
+# What exp_manager would do for a Lightning training loop, and this job does itself.
+_OURS = {"create_checkpoint_callback": False, "create_preemption_callback": False, "resume_if_exists": False}
+
+
+class Experiment:
+    """Rank 0's folder and loggers. `log` writes one JSON line to metrics.jsonl and the numbers to every logger."""
+
+    def __init__(self, folder: Path, loggers: list[Any]) -> None:
+        self.folder = folder
+        self.loggers = loggers
+        self._lines = (folder / METRICS_FILE).open("a", encoding="utf-8")
+
+    def log(self, step: int, split: str, values: dict[str, float]) -> None:
+        """Record the values of optimizer step `step` (0: before training); split is `train` or `validation`."""
+        self._lines.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+        self._lines.flush()
+        for logger in self.loggers:
+            logger.log_metrics({f"{split}/{name}": value for name, value in values.items()}, step=step)
+
+    def history(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl so far, those of earlier starts of this run included."""
+        return [
+            json.loads(line) for line in (self.folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+        ]
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines after `step`: a run that resumes there writes them again."""
+        kept = [line for line in self.history() if line["step"] <= step]
+        self._lines.close()
+        (self.folder / METRICS_FILE).write_text(
+            "".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8"
+        )
+        self._lines = (self.folder / METRICS_FILE).open("a", encoding="utf-8")
+
+    def close(self) -> None:
+        """Flush and close the loggers."""
+        self._lines.close()
+        for logger in self.loggers:
+            logger.finalize("success")
+
+
+def experiment_folder(config: Config) -> Path | None:
+    """The folder of a run that is to be resumed: without a version in its name, so that the next start finds it."""
+    section = config.exp_manager
+    if section.get("explicit_log_dir"):
+        return Path(section["explicit_log_dir"])
+    if section.get("resume_if_exists"):
+        return Path(section.get("exp_dir") or "experiments") / (section.get("name") or config.name)
+    return None
+
+
+def start_experiment(config: Config) -> Experiment:
+    """Make the folder and loggers; to be called on rank 0 only.
+
+    Raises:
+        ConfigError: exp_manager does not accept its section.
+    """
+    from lightning.pytorch import Trainer
+    from nemo.utils.exp_manager import exp_manager
+
+    section = {**config.exp_manager, **_OURS}
+    fixed = experiment_folder(config)
+    if fixed is not None:
+        section["explicit_log_dir"] = str(fixed)
+    with _quiet():
+        trainer = Trainer(
+            accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False
+        )
+        try:
+            folder = exp_manager(trainer, OmegaConf.create(section))
+        except Exception as error:
+            raise ConfigError(f"exp_manager: {' '.join(str(error).split())}") from error
+    assert folder is not None
+    return Experiment(Path(folder), [logger for logger in trainer.loggers if logger is not None])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the set-up chatter of NeMo and Lightning from the screen; warnings and errors of ours still come through."""
+    from nemo.utils import logging as nemo_logging
+
+    level = nemo_logging.getEffectiveLevel()
+    nemo_logging.setLevel(logging.ERROR)
+    lightning = logging.getLogger("lightning.pytorch")
+    before = lightning.level
+    lightning.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        nemo_logging.setLevel(level)
+        lightning.setLevel(before)

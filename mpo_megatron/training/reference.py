@@ -1,0 +1,77 @@
+"""Log-probabilities of the responses under the starting weights: computed once, cached on disk.
+
+A training step compares the policy with the reference, and floating-point sums depend on how rows are cut. So the
+reference runs over the very rows that the first epoch trains on: at step 0 both agree to the last bit and
+every margin is exactly 0. The cache's key therefore holds, beside data and weights, all that shapes those
+rows and their arithmetic.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mpo_megatron.runtime.parallel import ParallelLayout
+from mpo_megatron.training.rows import Positions, RowSource
+from mpo_megatron.training.step import logprob_only, run_schedule
+
+
+def weights_fingerprint(folder: str | Path) -> list[Any]:
+    """What tells one set of weight files from another without reading them: place, name, size, time of change."""
+    path = Path(folder).resolve()
+    files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".json"))
+    return [str(path), [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]]
+
+
+def cache_path(cache_dir: str | Path, key: dict[str, Any]) -> Path:
+    """The cache file for everything in `key`."""
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:24]
+    return Path(cache_dir).expanduser() / "reference" / f"{digest}.npy"
+
+
+def reference_logps(
+    chunks: list[Any],
+    source: RowSource,
+    steps: Sequence[Positions],
+    layout: ParallelLayout,
+    path: Path,
+    progress: Callable[[Iterable[Any]], Iterable[Any]],
+) -> Tensor:
+    """[responses of the data set] float32 log-probs under the chunks' present weights, from `path` or computed.
+
+    All ranks call it; rank 0 writes the cache, under a temporary name first.
+
+    Args:
+        steps: the groups of each step, as positions in the data set; responses of groups in none of them are NaN.
+        progress: wraps the steps while they are computed.
+    """
+    size = int(source.dataset.response_offsets[-1])
+    cached = [path.is_file()]
+    dist.broadcast_object_list(cached, src=0)
+    if cached[0]:
+        return torch.from_numpy(np.load(path)).to(layout.device)
+
+    values = torch.zeros(size, dtype=torch.float32, device=layout.device)
+    seen = torch.zeros(size, dtype=torch.bool)
+    for chunk in chunks:
+        chunk.eval()
+    for positions in progress(steps):
+        for kept in run_schedule(chunks, source.step(positions), logprob_only, forward_only=True):
+            if layout.speaks_for_replica:
+                values[kept["response_ids"]] = kept["logps"]
+        for i in positions:
+            seen[source.dataset.response_offsets[i] : source.dataset.response_offsets[i + 1]] = True
+    dist.all_reduce(values)  # every response is on one replica and 0 elsewhere: the sum is exact
+    values[~seen.to(layout.device)] = float("nan")
+    if layout.is_main:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{layout.world_size}.tmp.npy")
+        np.save(temporary, values.cpu().numpy())
+        temporary.replace(path)
+    return values

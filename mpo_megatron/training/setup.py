@@ -1,0 +1,183 @@
+"""Everything a run needs before its first step, made from the configuration in order: cheap checks first."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from mpo_megatron import objectives
+from mpo_megatron.config import Config, DataConfig
+from mpo_megatron.data import GroupDataset, TokenizeOptions, build_dataset
+from mpo_megatron.errors import ConfigError, UserError
+from mpo_megatron.model.architecture import Architecture, check_layout, read_architecture
+from mpo_megatron.objectives.registry import Objective
+from mpo_megatron.runtime.device import choose_device
+from mpo_megatron.runtime.parallel import ParallelLayout, initialize
+from mpo_megatron.scheduling.plan import in_order, step_groups, steps_per_epoch
+from mpo_megatron.training.rows import RowSource
+
+DTYPES = {"bf16": torch.bfloat16, "32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Split:
+    """One data set of the run: its rows, and the groups of each of its steps as positions in the data set."""
+
+    name: str
+    dataset: GroupDataset
+    source: RowSource
+    steps: list[np.ndarray]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A checked run whose model is not built yet."""
+
+    config: Config
+    architecture: Architecture
+    objective: Objective
+    layout: ParallelLayout
+    dtype: torch.dtype
+    train: Split
+    validation: Split | None
+    steps_per_epoch: int
+
+
+def prepare(config: Config) -> Setup:
+    """Check the configuration against model and machine, start the process groups, and open the data.
+
+    Raises:
+        UserError: something must change; raised on all ranks alike.
+    """
+    model = config.model
+    architecture = read_architecture(model.restore_from_path)
+    check_layout(
+        architecture,
+        tp=model.tensor_model_parallel_size,
+        pp=model.pipeline_model_parallel_size,
+        max_length=model.data.max_length,
+    )
+    objective = partial(
+        objectives.get(model.mpo.objective),
+        beta=model.mpo.beta,
+        alpha=model.mpo.alpha,
+        weighting=model.mpo.weighting,
+    )
+    device = choose_device(config.trainer.accelerator)
+    layout = initialize(
+        device,
+        tp=model.tensor_model_parallel_size,
+        pp=model.pipeline_model_parallel_size,
+        cp=model.context_parallel_size,
+    )
+    _check_devices(config, layout)
+
+    train_data = _on_one_rank_per_node(lambda: _open(config, model.data.train), layout)
+    per_epoch = steps_per_epoch(len(train_data), model.global_batch_size)
+    total = (
+        config.trainer.max_steps if config.trainer.max_steps != -1 else per_epoch * config.trainer.max_epochs
+    )
+    seed, batch = config.trainer.seed, model.global_batch_size
+    train_steps = [step_groups(step, len(train_data), batch, seed) for step in range(total)]
+    validation = None
+    if model.data.validation:
+        path = model.data.validation
+        data = _on_one_rank_per_node(lambda: _open(config, path), layout)
+        steps = list(in_order(len(data), batch))[: config.trainer.limit_val_batches]
+        validation = Split("validation", data, _rows(data, config, architecture, layout), steps)
+    return Setup(
+        config=config,
+        architecture=architecture,
+        objective=objective,
+        layout=layout,
+        dtype=DTYPES[config.precision],
+        train=Split("train", train_data, _rows(train_data, config, architecture, layout), train_steps),
+        validation=validation,
+        steps_per_epoch=per_epoch,
+    )
+
+
+def _check_devices(config: Config, layout: ParallelLayout) -> None:
+    """`trainer.devices`, where given, is a check: torchrun decides how many ranks there are."""
+    trainer = config.trainer
+    if trainer.devices is not None and trainer.devices * trainer.num_nodes != layout.world_size:
+        raise ConfigError(
+            f"trainer.num_nodes={trainer.num_nodes} x trainer.devices={trainer.devices} is not the "
+            f"{layout.world_size} ranks that torchrun started; make --nnodes and --nproc-per-node agree with them, "
+            "or remove trainer.devices"
+        )
+
+
+def _open(config: Config, path: str) -> GroupDataset:
+    """The tokenised groups of a data source, made or opened."""
+    from transformers import AutoTokenizer
+
+    data: DataConfig = config.model.data
+    options = TokenizeOptions(
+        max_prompt_length=data.max_prompt_length,
+        max_length=data.max_length,
+        truncation=data.truncation,
+        apply_chat_template=data.apply_chat_template,
+        system_prompt=data.system_prompt,
+    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.model.restore_from_path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"no tokenizer can be loaded from model.restore_from_path={config.model.restore_from_path} "
+            f"({' '.join(str(error).split())[:200]}); put tokenizer.json and tokenizer_config.json there"
+        ) from error
+    cache = Path(data.cache_dir).expanduser() / "data"
+    return build_dataset(path, tokenizer, options, cache_dir=cache, partition=config.model.mpo.partition)
+
+
+def _on_one_rank_per_node(build: Callable[[], GroupDataset], layout: ParallelLayout) -> GroupDataset:
+    """Call `build` on each node's first rank, then on the others, which find its cache. Its errors reach all ranks."""
+    error: UserError | None = None
+    if layout.local_rank == 0:
+        try:
+            build()
+        except UserError as caught:
+            error = caught
+    errors: list[Any] = [None] * layout.world_size
+    dist.all_gather_object(errors, error)
+    for raised in errors:
+        if raised is not None:
+            raise raised
+    data = build()
+    fingerprints: list[Any] = [None] * layout.world_size
+    dist.all_gather_object(fingerprints, data.fingerprint)
+    if len(set(fingerprints)) > 1:
+        raise ConfigError(
+            "the nodes tokenised the data differently, although the files are the same: a chat template that prints "
+            "today's date does that; put model.data.cache_dir on storage that all nodes share"
+        )
+    return data
+
+
+def _rows(
+    data: GroupDataset, config: Config, architecture: Architecture, layout: ParallelLayout
+) -> RowSource:
+    # Sequence parallelism cuts a row into equal parts; kernels like multiples of 8 on a CPU and of 64 on a GPU.
+    alignment = math.lcm(layout.tp, 64 if layout.device.type == "cuda" else 8)
+    if config.model.max_tokens_per_micro_batch < alignment:
+        raise ConfigError(
+            f"model.max_tokens_per_micro_batch={config.model.max_tokens_per_micro_batch} is below {alignment}, "
+            "of which rows are multiples here; raise it"
+        )
+    return RowSource(
+        data,
+        max_tokens=config.model.max_tokens_per_micro_batch,
+        alignment=alignment,
+        shared_prompt=config.model.pack.shared_prompt,
+        cost=architecture.cost_model,
+        data_parallel=layout.dp,
+        data_parallel_rank=layout.dp_rank,
+        device=layout.device,
+    )
