@@ -18,6 +18,7 @@ from mpo_megatron.conversion.hf_folder import copy_all_but_weights
 from mpo_megatron.errors import CheckpointError
 from mpo_megatron.model.provider import unwrap
 from mpo_megatron.runtime.parallel import ParallelLayout
+from mpo_megatron.training.optimizer import load_optimizer
 
 # The optimizer's state in the parameters' own shapes: Megatron's form that can be loaded at any other layout.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -83,7 +84,7 @@ def load_checkpoint(path: Path, chunks: list[Any], optimizer: Any, schedule: Opt
     loaded = dist_checkpointing.load(_state(chunks, optimizer, schedule, 0, is_loading=True), str(path))
     for i, chunk in enumerate(chunks):
         unwrap(chunk).load_state_dict(loaded[f"model{i}"])
-    optimizer.load_state_dict(loaded["optimizer"])
+    load_optimizer(optimizer, loaded["optimizer"])
     schedule.load_state_dict(loaded["schedule"])
     return int(loaded["step"])
 

@@ -25,7 +25,7 @@ def wrap_data_parallel(chunks: list[Any], distributed_optimizer: bool) -> list[A
 
 def build_optimizer(chunks: list[Any], optim: OptimConfig, clip: float, dtype: torch.dtype) -> Any:
     """AdamW through Megatron: (distributed) optimizer with float32 master weights where the model is bf16."""
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
             lr=optim.lr,
@@ -41,6 +41,52 @@ def build_optimizer(chunks: list[Any], optim: OptimConfig, clip: float, dtype: t
         ),
         chunks,
     )
+    for wrapper in _around_torch_adam(optimizer):
+        _complete_adam_state(wrapper)
+    return optimizer
+
+
+def _around_torch_adam(optimizer: Any) -> list[Any]:
+    """Megatron's wrappers around plain torch Adams: none where Transformer Engine's or apex's fused Adam is used."""
+    wrappers = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [w for w in wrappers if isinstance(w.optimizer, torch.optim.Adam | torch.optim.AdamW)]
+
+
+def _complete_adam_state(wrapper: Any) -> None:
+    """Make Megatron's checkpoints work with torch's Adam, which keeps a `step` tensor for each parameter.
+
+    They expect that state to be there when they are saved before the first step or loaded into an optimizer that has
+    not stepped, and the distributed optimizer forgets `step`, which it restores elsewhere, when it copies state back.
+    """
+    state = wrapper.optimizer.state
+    for group in wrapper.optimizer.param_groups:
+        for parameter in group["params"]:
+            zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            state[parameter] = {"step": torch.tensor(0.0), **zeros}
+    if hasattr(wrapper, "_set_main_param_and_optimizer_states"):
+        set_states = wrapper._set_main_param_and_optimizer_states
+
+        def set_states_and_step(parameter: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+            steps = {"step": next(iter(wrapper.optimizer.state.values()))["step"]}
+            set_states(parameter, steps | tensors)
+
+        wrapper._set_main_param_and_optimizer_states = set_states_and_step
+
+
+def load_optimizer(optimizer: Any, loaded: dict[str, Any]) -> None:
+    """Fill a Megatron optimizer from its loaded state, plain torch Adam's `step` included.
+
+    Megatron leaves the common step out of a checkpoint where it is 0, and the distributed optimizer gives all parameters
+    one and the same `step` tensor, which each of them would then count up.
+    """
+    adams = _around_torch_adam(optimizer)
+    inner = loaded.get("optimizer", loaded)
+    if adams and "state" in inner:
+        inner["state"].setdefault("common_step", torch.tensor(0.0))
+    optimizer.load_state_dict(loaded)
+    for wrapper in adams:
+        for state in wrapper.optimizer.state.values():
+            state["step"] = state["step"].clone()
 
 
 def build_schedule(optimizer: Any, optim: OptimConfig, total_steps: int) -> OptimizerParamScheduler:
