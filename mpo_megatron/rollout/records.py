@@ -1,0 +1,88 @@
+"""Prompts and groups in the files that tools/generate.py and tools/score.py read and write."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mpo_megatron.data.readers import read_records
+from mpo_megatron.errors import UserError
+from mpo_megatron.rollout.constraints import check_constraint
+
+Record = dict[str, Any]
+
+
+def read_prompts(path: Path) -> list[Record]:
+    """The records {"id", "prompt", "constraints", "topic_words"?, "split"?} of a JSONL file, checked.
+
+    Raises:
+        UserError: the file is missing or empty, a line is broken, lacks a field or has one of the wrong kind, an id
+            occurs twice, or a constraint does not exist. It begins with "file:line".
+    """
+    return _read(path, _check_prompt)
+
+
+def read_groups(path: Path) -> list[Record]:
+    """`read_prompts`, each record with "responses": [{"text", "finish_reason", "score"?}, ...], at least one."""
+    return _read(path, _check_group)
+
+
+def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Writes one JSON object a line, under a temporary name first: a run that dies leaves no half file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".partial")
+    with temporary.open("w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    os.replace(temporary, path)
+
+
+def _read(path: Path, check: Callable[[object], None]) -> list[Record]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; check the path")
+    records: list[Record] = []
+    seen: set[str] = set()
+    for where, record in read_records(path):
+        try:
+            check(record)
+            if record["id"] in seen:
+                raise UserError(f"the id {record['id']!r} occurs twice; give every prompt its own")
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        seen.add(record["id"])
+        records.append(record)
+    if not records:
+        raise UserError(f"{path}: holds no prompts; write one JSON object a line")
+    return records
+
+
+def _check_prompt(record: object) -> None:
+    if not isinstance(record, dict):
+        raise UserError(
+            f"found {type(record).__name__} where a JSON object is needed; write one {{...}} a line"
+        )
+    for name in ("id", "prompt"):
+        if not isinstance(record.get(name), str) or not record[name].strip():
+            raise UserError(f"{name}={record.get(name)!r} must be a text that is not empty; add it")
+    if not isinstance(record.get("constraints"), list) or not record["constraints"]:
+        raise UserError(f"constraints={record.get('constraints')!r} must be a list of at least one; add it")
+    for constraint in record["constraints"]:
+        check_constraint(constraint)
+    topics = record.get("topic_words", [])
+    if not isinstance(topics, list) or not all(isinstance(topic, str) and topic.strip() for topic in topics):
+        raise UserError(f"topic_words={topics!r} must be a list of words; correct it or leave it out")
+
+
+def _check_group(record: object) -> None:
+    _check_prompt(record)
+    assert isinstance(record, dict)
+    responses = record.get("responses")
+    if not isinstance(responses, list) or not responses:
+        raise UserError("there are no responses; sample them with tools/generate.py first")
+    for number, response in enumerate(responses, start=1):
+        if not isinstance(response, dict) or not isinstance(response.get("text"), str):
+            raise UserError(f"response {number} has no text; sample the group again")
+        reason = response.get("finish_reason")
+        if reason not in ("stop", "length"):
+            raise UserError(f'response {number} has finish_reason={reason!r}; it must be "stop" or "length"')

@@ -1,0 +1,177 @@
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from mpo_megatron.rollout.rewards import verified_score
+from tests.helpers.models import make_llama
+
+TOOLS = Path(__file__).parents[3] / "tools"
+
+
+def load(name: str) -> ModuleType:
+    """The command line as a module; tools/ is no package."""
+    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+generate, score = load("generate"), load("score")
+
+PROMPT_RECORDS = [
+    {
+        "id": "a",
+        "split": "train",
+        "prompt": "Name a colour.",
+        "constraints": [{"type": "max_words", "limit": 9}],
+    },
+    {
+        "id": "b",
+        "split": "validation",
+        "prompt": "A dog?",
+        "constraints": [{"type": "no_commas"}],
+        "topic_words": ["dog"],
+    },
+    {
+        "id": "c",
+        "split": "train",
+        "prompt": "Say three.",
+        "constraints": [{"type": "no_commas"}],
+        "note": "dropped",
+    },
+]
+
+
+def write(path: Path, records: list) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llama(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    return write(tmp_path / "prompts.jsonl", PROMPT_RECORDS)
+
+
+def run_generate(model: Path, prompts: Path, output: Path, *options: str) -> list[dict]:
+    settings = ["--samples", "2", "--max-new-tokens", "8", "--batch-size", "4", "--device", "cpu"]
+    generate.main(
+        ["--model", str(model), "--prompts", str(prompts), "--output", str(output), *settings, *options]
+    )
+    return read(output)
+
+
+def test_generate_then_score(model, prompts, tmp_path, capsys):
+    groups = run_generate(model, prompts, tmp_path / "out" / "groups.jsonl")
+    assert [group["id"] for group in groups] == ["a", "b", "c"]
+    assert groups[1] == PROMPT_RECORDS[1] | {"responses": groups[1]["responses"]}
+    assert "note" not in groups[2]
+    assert all(len(group["responses"]) == 2 for group in groups)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [
+        "groups.jsonl"
+    ]  # no temporary file is left
+    assert "3 groups of 2 responses" in capsys.readouterr().out
+
+    scored_path = tmp_path / "scored.jsonl"
+    score.main(["--input", str(tmp_path / "out" / "groups.jsonl"), "--output", str(scored_path)])
+    scored = read(scored_path)
+    for group, source in zip(scored, groups, strict=True):
+        for response, original in zip(group["responses"], source["responses"], strict=True):
+            expected = verified_score(
+                original["text"],
+                source["constraints"],
+                prompt=source["prompt"],
+                finished=original["finish_reason"] == "stop",
+                topic_words=source.get("topic_words", []),
+            )
+            assert response == original | {"score": round(expected, 3)}
+
+    printed = capsys.readouterr().out.splitlines()
+    figures = json.loads(printed[-1])
+    means = [sum(r["score"] for r in group["responses"]) / 2 for group in scored]
+    assert figures["groups"] == 3
+    assert figures["mean_score"] == pytest.approx(sum(means) / 3, abs=1e-4)
+    assert figures["standard_error"] >= 0
+    assert [line.split()[:2] for line in printed[1:4]] == [
+        ["all", "3"],
+        ["no_commas", "2"],
+        ["max_words", "1"],
+    ]
+
+    # A scored file can be sampled and scored anew.
+    assert len(run_generate(model, scored_path, tmp_path / "again.jsonl", "--seed", "1")) == 3
+    score.main(["--input", str(scored_path), "--summary-only"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == figures
+
+
+def test_generate_takes_a_split_and_a_limit(model, prompts, tmp_path):
+    output = tmp_path / "groups.jsonl"
+    assert [g["id"] for g in run_generate(model, prompts, output, "--split", "train")] == ["a", "c"]
+    assert [g["id"] for g in run_generate(model, prompts, output, "--split", "validation")] == ["b"]
+    assert [g["id"] for g in run_generate(model, prompts, output, "--limit", "1", "--samples", "3")] == ["a"]
+    assert len(read(output)[0]["responses"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"id": "b", "prompt"', r"prompts.jsonl:2: not valid JSON"),
+        ("[]", r"prompts.jsonl:2: found list"),
+        ('{"id": "b", "prompt": "x"}', r"prompts.jsonl:2: constraints=None must be a list"),
+        ('{"id": "b", "prompt": "x", "constraints": [{"type": "rhymes"}]}', r":2: constraint type 'rhymes' is unknown"),
+        ('{"id": 7, "prompt": "x", "constraints": [{"type": "no_commas"}]}', r":2: id=7 must be a text"),
+        ('{"id": "a", "prompt": "x", "constraints": [{"type": "no_commas"}]}', r":2: the id 'a' occurs twice"),
+        ('{"id": "b", "prompt": "x", "constraints": [{"type": "no_commas"}], "topic_words": "s"}', r":2: topic_words="),
+    ],
+)  # fmt: skip
+def test_generate_names_file_and_line_of_what_is_wrong(tmp_path, line, message):
+    path = write(tmp_path / "prompts.jsonl", PROMPT_RECORDS[:1])
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(SystemExit, match=message):
+        run_generate(tmp_path, path, tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("responses", "message"),
+    [
+        (None, r":1: there are no responses"),
+        ([], r":1: there are no responses"),
+        ([{"finish_reason": "stop"}], r":1: response 1 has no text"),
+        ([{"text": "x", "finish_reason": "eos"}], r":1: response 1 has finish_reason='eos'"),
+    ],
+)
+def test_score_names_what_is_wrong_with_a_group(tmp_path, responses, message):
+    path = write(tmp_path / "groups.jsonl", [PROMPT_RECORDS[0] | {"responses": responses}])
+    with pytest.raises(SystemExit, match=message):
+        score.main(["--input", str(path), "--summary-only"])
+
+
+def test_paths_and_options_that_lead_nowhere(model, prompts, tmp_path, capsys):
+    with pytest.raises(SystemExit, match=r"absent\.jsonl: no such file"):
+        score.main(["--input", str(tmp_path / "absent.jsonl"), "--summary-only"])
+    with pytest.raises(SystemExit, match="not a folder"):
+        run_generate(tmp_path / "absent", prompts, tmp_path / "out.jsonl")
+    with pytest.raises(SystemExit, match="--limit 0"):
+        run_generate(model, prompts, tmp_path / "out.jsonl", "--limit", "0")
+    with pytest.raises(SystemExit, match=r"temperature=0\.0 must be above 0"):
+        run_generate(model, prompts, tmp_path / "out.jsonl", "--temperature", "0")
+    with pytest.raises(SystemExit, match="2"):
+        score.main(["--input", str(prompts)])
+    assert "--output is missing" in capsys.readouterr().err
+    write(prompts, PROMPT_RECORDS[:1])
+    with pytest.raises(SystemExit, match='no prompt with "split": "validation"'):
+        run_generate(model, prompts, tmp_path / "out.jsonl", "--split", "validation")

@@ -1,0 +1,112 @@
+"""Samples several responses to each prompt of a JSONL file with a Hugging Face chat model.
+
+    python tools/generate.py --model MODEL_DIR --prompts examples/data/prompts.jsonl --split train --output groups.jsonl
+
+Score the result with tools/score.py.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mpo_megatron.errors import UserError
+from mpo_megatron.rollout.records import Record, read_prompts, write_jsonl
+
+KEPT_FIELDS = ("id", "split", "prompt", "constraints", "topic_words")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    try:
+        generate(args)
+    except (UserError, OSError) as error:
+        sys.exit(f"generate.py: {error}")
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Sample several responses to each prompt with a Hugging Face chat model.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "--model",
+        type=Path,
+        required=True,
+        help="Hugging Face folder of an instruct model (chat template needed)",
+    )
+    add(
+        "--prompts",
+        type=Path,
+        required=True,
+        help='JSONL with "id", "prompt", "constraints" [, "topic_words", "split"]',
+    )
+    add("--output", type=Path, required=True, help='JSONL to write: the prompts with "responses"')
+    add("--samples", type=int, default=4, help="responses per prompt")
+    add("--temperature", type=float, default=1.0, help="1.0 samples from the model's own distribution")
+    add(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="keep the likeliest tokens that hold this share of probability",
+    )
+    add("--max-new-tokens", type=int, default=80, help="longest response; what is cut there scores lower")
+    add("--batch-size", type=int, default=128, help="sequences (prompts x samples) that are sampled together")
+    add("--seed", type=int, default=0, help="same seed and settings, same responses")
+    add("--dtype", choices=("bfloat16", "float32"), default="float32", help="bfloat16 is quicker on GPUs")
+    add("--backend", choices=("hf",), default="hf", help="what samples; hf is the model in transformers")
+    add("--device", default=None, help="torch device; left out: cuda where there is one, otherwise cpu")
+    add(
+        "--split",
+        choices=("train", "validation", "all"),
+        default="all",
+        help='prompts with this "split" only',
+    )
+    add("--limit", type=int, default=None, help="first so many prompts only")
+    return parser.parse_args(argv)
+
+
+def generate(args: argparse.Namespace) -> None:
+    if not args.model.is_dir():
+        raise UserError(f"--model {args.model} is not a folder; give a Hugging Face model's folder")
+    prompts = select(read_prompts(args.prompts), args)
+
+    # Imported here so that --help and a wrong path answer at once.
+    import torch
+
+    from mpo_megatron.rollout.sampling import sample_responses
+
+    responses = sample_responses(
+        str(args.model),
+        [record["prompt"] for record in prompts],
+        samples=args.samples,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        max_new_tokens=args.max_new_tokens,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        dtype=args.dtype,
+        device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+    )
+    write_jsonl(
+        args.output,
+        (
+            {name: record[name] for name in KEPT_FIELDS if name in record} | {"responses": sampled}
+            for record, sampled in zip(prompts, responses, strict=True)
+        ),
+    )
+    print(f"{args.output}: {len(prompts)} groups of {args.samples} responses")
+
+
+def select(records: list[Record], args: argparse.Namespace) -> list[Record]:
+    chosen = [record for record in records if args.split in ("all", record.get("split"))]
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit {args.limit} leaves no prompt; give at least 1")
+    if not chosen:
+        raise UserError(f'{args.prompts} has no prompt with "split": "{args.split}"; use --split all')
+    return chosen[: args.limit]
+
+
+if __name__ == "__main__":
+    main()
