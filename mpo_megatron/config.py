@@ -174,6 +174,7 @@ def register_schema(name: str = "schema") -> None:
     """Enter the schema in Hydra's store, so that a YAML with `defaults: [schema, _self_]` takes any known key."""
     schema = OmegaConf.structured(Config)
     _make_writable(schema)
+    OmegaConf.set_struct(schema.exp_manager, False)  # NeMo's section takes keys that no YAML of ours names
     ConfigStore.instance().store(name=name, node=schema)
 
 

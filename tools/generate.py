@@ -26,8 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Sample several responses to each prompt with a Hugging Face chat model.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Sample several responses to each prompt with a Hugging Face chat model."
     )
     add = parser.add_argument
     add(
@@ -43,25 +42,50 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help='JSONL with "id", "prompt", "constraints" [, "topic_words", "split"]',
     )
     add("--output", type=Path, required=True, help='JSONL to write: the prompts with "responses"')
-    add("--samples", type=int, default=4, help="responses per prompt")
-    add("--temperature", type=float, default=1.0, help="1.0 samples from the model's own distribution")
+    add("--samples", type=int, default=4, help="responses per prompt (default %(default)s)")
+    add(
+        "--temperature",
+        type=float,
+        default=1.0,
+        help="1.0 samples from the model's own distribution (default %(default)s)",
+    )
     add(
         "--top-p",
         type=float,
         default=1.0,
-        help="keep the likeliest tokens that hold this share of probability",
+        help="keep the likeliest tokens that hold this share of probability (default %(default)s)",
     )
-    add("--max-new-tokens", type=int, default=80, help="longest response; what is cut there scores lower")
-    add("--batch-size", type=int, default=128, help="sequences (prompts x samples) that are sampled together")
-    add("--seed", type=int, default=0, help="same seed and settings, same responses")
-    add("--dtype", choices=("bfloat16", "float32"), default="float32", help="bfloat16 is quicker on GPUs")
-    add("--backend", choices=("hf",), default="hf", help="what samples; hf is the model in transformers")
+    add(
+        "--max-new-tokens",
+        type=int,
+        default=80,
+        help="longest response; what is cut there scores lower (default %(default)s)",
+    )
+    add(
+        "--batch-size",
+        type=int,
+        default=128,
+        help="sequences (prompts x samples) that are sampled together (default %(default)s)",
+    )
+    add("--seed", type=int, default=0, help="same seed and settings, same responses (default %(default)s)")
+    add(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="float32",
+        help="bfloat16 is quicker on GPUs (default %(default)s)",
+    )
+    add(
+        "--backend",
+        choices=("hf",),
+        default="hf",
+        help="what samples; hf is the model in transformers (default %(default)s)",
+    )
     add("--device", default=None, help="torch device; left out: cuda where there is one, otherwise cpu")
     add(
         "--split",
         choices=("train", "validation", "all"),
         default="all",
-        help='prompts with this "split" only',
+        help='prompts with this "split" only (default %(default)s)',
     )
     add("--limit", type=int, default=None, help="first so many prompts only")
     return parser.parse_args(argv)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from mpo_megatron.errors import ConfigError
+from mpo_megatron.errors import ConfigError, UserError
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,15 @@ def initialize(
         dp_rank=parallel_state.get_data_parallel_rank(),
         device=device,
     )
+
+
+def raise_together(error: UserError | None, layout: ParallelLayout) -> None:
+    """Raise the first rank's error on every rank, so that none waits for one that has stopped. All ranks call it."""
+    errors: list[UserError | None] = [None] * layout.world_size
+    dist.all_gather_object(errors, error)
+    for raised in errors:
+        if raised is not None:
+            raise raised
 
 
 def shutdown() -> None:

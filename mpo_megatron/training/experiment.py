@@ -19,6 +19,7 @@ from mpo_megatron.config import Config
 from mpo_megatron.errors import ConfigError
 
 METRICS_FILE = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
 # What exp_manager would do for a Lightning training loop, and this job does itself.
 _OURS = {"create_checkpoint_callback": False, "create_preemption_callback": False, "resume_if_exists": False}
 
@@ -74,15 +75,24 @@ def start_experiment(config: Config) -> Experiment:
     """Make the folder and loggers; to be called on rank 0 only.
 
     Raises:
-        ConfigError: exp_manager does not accept its section.
+        ConfigError: exp_manager does not accept its section, or the folder holds another run's checkpoints.
     """
     from lightning.pytorch import Trainer
     from nemo.utils.exp_manager import exp_manager
 
     section = {**config.exp_manager, **_OURS}
+    resumes = bool(config.exp_manager.get("resume_if_exists"))
     fixed = experiment_folder(config)
+    previous = ""
     if fixed is not None:
         section["explicit_log_dir"] = str(fixed)
+        if not resumes and any((fixed / CHECKPOINTS).glob("*")):
+            raise ConfigError(
+                f"{fixed} holds the checkpoints of an earlier run; set exp_manager.resume_if_exists=true to go on with "
+                "it, or choose another folder"
+            )
+        if resumes and (fixed / METRICS_FILE).is_file():
+            previous = (fixed / METRICS_FILE).read_text(encoding="utf-8")
     with _quiet():
         trainer = Trainer(
             accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False
@@ -92,6 +102,8 @@ def start_experiment(config: Config) -> Experiment:
         except Exception as error:
             raise ConfigError(f"exp_manager: {' '.join(str(error).split())}") from error
     assert folder is not None
+    if previous:  # exp_manager puts an earlier start's files aside, into run_N
+        (Path(folder) / METRICS_FILE).write_text(previous, encoding="utf-8")
     return Experiment(Path(folder), [logger for logger in trainer.loggers if logger is not None])
 
 

@@ -76,8 +76,8 @@ def _complete_adam_state(wrapper: Any) -> None:
 def load_optimizer(optimizer: Any, loaded: dict[str, Any]) -> None:
     """Fill a Megatron optimizer from its loaded state, plain torch Adam's `step` included.
 
-    Megatron leaves the common step out of a checkpoint where it is 0, and the distributed optimizer gives all parameters
-    one and the same `step` tensor, which each of them would then count up.
+    Megatron leaves the common step out of a checkpoint where it is 0, and the distributed optimizer gives all
+    parameters one and the same `step` tensor, which each of them would then count up.
     """
     adams = _around_torch_adam(optimizer)
     inner = loaded.get("optimizer", loaded)

@@ -18,7 +18,7 @@ from mpo_megatron.errors import ConfigError, UserError
 from mpo_megatron.model.architecture import Architecture, check_layout, read_architecture
 from mpo_megatron.objectives.registry import Objective
 from mpo_megatron.runtime.device import choose_device
-from mpo_megatron.runtime.parallel import ParallelLayout, initialize
+from mpo_megatron.runtime.parallel import ParallelLayout, initialize, raise_together
 from mpo_megatron.scheduling.plan import in_order, step_groups, steps_per_epoch
 from mpo_megatron.training.rows import RowSource
 
@@ -145,11 +145,7 @@ def _on_one_rank_per_node(build: Callable[[], GroupDataset], layout: ParallelLay
             build()
         except UserError as caught:
             error = caught
-    errors: list[Any] = [None] * layout.world_size
-    dist.all_gather_object(errors, error)
-    for raised in errors:
-        if raised is not None:
-            raise raised
+    raise_together(error, layout)
     data = build()
     fingerprints: list[Any] = [None] * layout.world_size
     dist.all_gather_object(fingerprints, data.fingerprint)

@@ -20,9 +20,9 @@ from mpo_megatron.conversion.load import load_hf_weights
 from mpo_megatron.errors import UserError
 from mpo_megatron.model.attention import choose_backend
 from mpo_megatron.model.provider import ModelOptions, build_model, unwrap, uses_transformer_engine
-from mpo_megatron.runtime.parallel import shutdown
+from mpo_megatron.runtime.parallel import raise_together, shutdown
 from mpo_megatron.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from mpo_megatron.training.experiment import Experiment, start_experiment
+from mpo_megatron.training.experiment import CHECKPOINTS, Experiment, start_experiment
 from mpo_megatron.training.optimizer import build_optimizer, build_schedule, wrap_data_parallel
 from mpo_megatron.training.reference import cache_path, reference_logps, weights_fingerprint
 from mpo_megatron.training.report import TrainingBar, before_after, plot_run, progress, say
@@ -93,7 +93,13 @@ def model_options(config: Config, dtype: torch.dtype) -> ModelOptions:
 def build_job(setup: Setup) -> Job:
     """Build the model with the starting weights, compute the reference log-probs, make optimizer and experiment."""
     config, layout = setup.config, setup.layout
-    experiment = start_experiment(config) if layout.is_main else None
+    experiment, error = None, None
+    if layout.is_main:
+        try:
+            experiment = start_experiment(config)
+        except UserError as caught:
+            error = caught
+    raise_together(error, layout)
     folder = [str(experiment.folder) if experiment else ""]
     dist.broadcast_object_list(folder, src=0)
     if layout.is_main:
@@ -161,7 +167,7 @@ def resume(job: Job) -> int:
     """Load the newest checkpoint of a run that is to be resumed. Returns the steps that are done."""
     if not job.setup.config.exp_manager.get("resume_if_exists"):
         return 0
-    path = latest_checkpoint(job.folder / "checkpoints")
+    path = latest_checkpoint(job.folder / CHECKPOINTS)
     if path is None:
         return 0
     step = load_checkpoint(path, job.chunks, job.optimizer, job.schedule)
@@ -246,7 +252,7 @@ def save(job: Job, step: int) -> None:
     """Write the checkpoint of `step`."""
     source = Path(job.setup.config.model.restore_from_path)
     files = {"config.yaml": yaml.safe_dump(asdict(job.setup.config), sort_keys=False)}
-    folder = job.folder / "checkpoints"
+    folder = job.folder / CHECKPOINTS
     path = save_checkpoint(
         folder, step, job.chunks, job.optimizer, job.schedule, job.setup.layout, files, source
     )

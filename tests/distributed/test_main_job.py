@@ -1,0 +1,249 @@
+"""The main job, whole, on a small model: layouts agree, step 0 is exact, a run resumes, wrong input is one sentence."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from mpo_megatron.errors import UserError
+from tests.helpers.models import make_llama
+
+CONF = Path(__file__).parents[2] / "conf"
+
+
+def job(overrides: list[str]) -> str:
+    """Run the main job with Hydra overrides of conf/mpo_gpt.yaml. Returns the user's error, or nothing."""
+    from hydra import compose, initialize_config_dir
+
+    from mpo_megatron.config import check_overrides, parse, register_schema
+    from mpo_megatron.training.trainer import train
+
+    register_schema()
+    try:
+        check_overrides(overrides)
+        with initialize_config_dir(str(CONF), version_base=None):
+            raw = compose("mpo_gpt", overrides)
+        train(parse(raw))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def write_data(path: Path, groups: int, seed: int) -> Path:
+    """Groups with answers of words that the tokenizer knows; longer answers score higher."""
+    random = np.random.default_rng(seed)
+    words = ["red", "green", "blue", "the", "rainbow", "fox", "dog", "colours", "lazy", "brown"]
+    with path.open("w") as file:
+        for number in range(groups):
+            responses: list[dict[str, Any]] = []
+            for _ in range(int(random.integers(2, 6))):
+                length = int(random.integers(1, 9))
+                responses.append({"text": " ".join(random.choice(words, length)), "score": float(length)})
+            responses[0]["score"] += 0.5
+            line = {"id": f"g{number}", "prompt": f"Name {number} colours.", "responses": responses}
+            file.write(json.dumps(line) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("inputs")
+    return {
+        "model": make_llama(folder / "model", max_position_embeddings=512),
+        "train": write_data(folder / "train.jsonl", 40, 0),
+        "validation": write_data(folder / "validation.jsonl", 12, 1),
+        "cache": folder / "cache",
+    }
+
+
+def arguments(inputs: dict[str, Path], folder: Path, *more: str) -> list[str]:
+    return [
+        f"model.restore_from_path={inputs['model']}",
+        f"model.data.train={inputs['train']}",
+        f"model.data.validation={inputs['validation']}",
+        f"model.data.cache_dir={inputs['cache']}",
+        f"exp_manager.explicit_log_dir={folder}",
+        "trainer.max_steps=10",
+        "model.optim.lr=1e-3",
+        "model.max_tokens_per_micro_batch=512",
+        *more,
+    ]
+
+
+def metrics(folder: Path, split: str = "train") -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["split"] == split]
+
+
+@pytest.fixture(scope="module")
+def one_rank(inputs: dict[str, Path], ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one") / "run"
+    assert ranks(1).run(job, arguments(inputs, folder), timeout=240) == [""]
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("world", "more"),
+    [
+        (2, ["model.pipeline_model_parallel_size=2"]),
+        (2, []),
+        (2, ["model.tensor_model_parallel_size=2"]),
+        (4, ["model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2"]),
+    ],
+    ids=["pp2", "dp2", "tp2", "tp2-pp2"],
+)
+def test_layouts_train_alike(
+    world: int, more: list[str], inputs: dict[str, Path], one_rank: Path, ranks: Any, tmp_path: Path
+) -> None:
+    assert ranks(world).run(job, arguments(inputs, tmp_path, *more), timeout=240) == [""] * world
+    ours, theirs = metrics(tmp_path), metrics(one_rank)
+    assert [line["step"] for line in ours] == list(range(1, 11))
+    assert ours[0]["loss"] == pytest.approx(theirs[0]["loss"], abs=1e-5)
+    assert ours[9]["loss"] == pytest.approx(theirs[9]["loss"], abs=1e-3)
+    assert abs(ours[9]["loss"] - ours[0]["loss"]) > 0.02
+    for folder in (tmp_path, one_rank):
+        assert metrics(folder)[0]["reward_margin"] == 0.0
+        before, *_, after = metrics(folder, "validation")
+        assert (before["step"], before["reward_margin"], before["accuracy"]) == (0, 0.0, 0.5)
+        assert after["reward_margin"] > 0
+    logits = [
+        AutoModelForCausalLM.from_pretrained(f / "hf")(torch.arange(40)[None]).logits
+        for f in (tmp_path, one_rank)
+    ]
+    torch.testing.assert_close(*logits, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("shared", ["true", "false"])
+def test_the_first_mpo_loss_is_that_of_the_counts(
+    shared: str, inputs: dict[str, Path], ranks: Any, tmp_path: Path
+) -> None:
+    more = ["model.mpo.objective=mpo", "trainer.max_steps=1", "model.global_batch_size=40",
+            f"model.pack.shared_prompt={shared}"]  # fmt: skip
+    assert ranks(2).run(job, arguments(inputs, tmp_path, *more), timeout=240) == ["", ""]
+    expected = []
+    for line in inputs["train"].read_text().splitlines():
+        scores = [response["score"] for response in json.loads(line)["responses"]]
+        preferred = sum(score > np.mean(scores) for score in scores)
+        if preferred:
+            expected.append(math.log(len(scores) / preferred))
+    (first,) = metrics(tmp_path)
+    assert first["loss"] == pytest.approx(np.mean(expected), abs=1e-6)
+    assert first["reward_margin"] == first["preferred_reward"] == first["dispreferred_reward"] == 0.0
+
+
+def test_a_run_that_stopped_resumes_at_another_layout(
+    inputs: dict[str, Path], one_rank: Path, ranks: Any, tmp_path: Path
+) -> None:
+    """Two ranks stop in the middle; one goes on, and the curve is that of the run that did not stop."""
+    kept = ["trainer.save_interval=4", "exp_manager.resume_if_exists=true"]
+    stop = arguments(inputs, tmp_path, *kept, "model.pipeline_model_parallel_size=2")
+    lines = (tmp_path / "lines").absolute()
+    assert ranks(2).run(job_killed_after, stop, 6, lines, timeout=240) == ["stopped", "stopped"]
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert ranks(1).run(job, arguments(inputs, tmp_path, *kept), timeout=240) == [""]
+    resumed, straight = metrics(tmp_path), metrics(one_rank)
+    assert [line["step"] for line in resumed] == list(range(1, 11))
+    for ours, theirs in zip(resumed, straight, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-3)
+        assert ours["lr"] == pytest.approx(theirs["lr"])
+
+
+def job_killed_after(overrides: list[str], steps: int, lines: Path) -> str:
+    """Run the job, and stop it by an exception after that many steps, as a crash would."""
+    from mpo_megatron.training import trainer
+
+    class Crash(Exception):
+        pass
+
+    step = trainer.train_step
+
+    def counted(current: Any, number: int) -> dict[str, float]:
+        if number > steps:
+            raise Crash
+        return step(current, number)
+
+    trainer.train_step = counted  # type: ignore[assignment]
+    try:
+        job(overrides)
+    except Crash:
+        return "stopped"
+    finally:
+        trainer.train_step = step
+    return "ended"
+
+
+def test_bfloat16_and_the_other_objective_run(inputs: dict[str, Path], ranks: Any, tmp_path: Path) -> None:
+    more = ["trainer.precision=bf16", "model.mpo.objective=mpo", "trainer.max_steps=2"]
+    assert ranks(2).run(job, arguments(inputs, tmp_path, *more), timeout=240) == ["", ""]
+    assert metrics(tmp_path)[0]["reward_margin"] == 0.0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").dtype == torch.bfloat16
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"metrics.jsonl", "training.png", "hf", "checkpoints"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    keys = {
+        "step",
+        "split",
+        "loss",
+        "reward_margin",
+        "accuracy",
+        "grad_norm",
+        "lr",
+        "groups_per_second",
+        "tokens_per_second",
+    }
+    assert keys <= metrics(tmp_path)[0].keys()
+
+
+WRONG_LINES = {
+    '{"id": "x", "prompt": "a", ': r"bad.jsonl:2",
+    '{"id": "x", "prompt": "a", "responses": [{"text": "b", "score": NaN}, {"text": "c", "score": 1}]}': "bad.jsonl:2",
+    '{"id": "x", "prompt": "a", "responses": [{"text": " ", "score": 2}, {"text": "c", "score": 1}]}': "bad.jsonl:2",
+    '{"id": "x", "prompt": "a", "responses": [{"text": "c", "score": 1}]}': "bad.jsonl:2",
+    json.dumps(
+        {"prompt": "dog " * 400, "responses": [{"text": "a", "score": 1}, {"text": "b", "score": 2}]}
+    ): "bad.jsonl:2",
+}
+
+
+@pytest.mark.parametrize("number", range(len(WRONG_LINES)))
+def test_bad_data_stops_all_ranks_with_file_and_line(
+    number: int, inputs: dict[str, Path], ranks: Any, tmp_path: Path
+) -> None:
+    line, place = list(WRONG_LINES.items())[number]
+    good = inputs["train"].read_text().splitlines()[0]
+    (tmp_path / "bad.jsonl").write_text(f"{good}\n{line}\n")
+    more = [f"model.data.train={tmp_path / 'bad.jsonl'}"]
+    first, second = ranks(2).run(job, arguments(inputs, tmp_path / "run", *more), timeout=120)
+    assert place in first
+    assert first == second
+    assert "\n" not in first
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.mpo.bta=1", "unknown key model.mpo.bta; did you mean model.mpo.beta?"),
+        ("model.tensor_model_parallel_size=4", "4 attention heads and 2 key-value heads; use one of 1, 2"),
+        ("model.tensor_model_parallel_size=2", "1 rank cannot be cut into models of tensor 2"),
+        ("model.data.train=absent.jsonl", "absent.jsonl"),
+        ("model.restore_from_path=nowhere", "there is no config.json in"),
+        ("model.mpo.objective=dpoo", "model.mpo.objective=dpoo is not known; choose one of mpo, wmpo"),
+        ("model.mpo.partition=modus", "modus"),
+        ("model.max_tokens_per_micro_batch=16", "model.max_tokens_per_micro_batch=16 is less than"),
+        ("model.attention_backend=te", "model.attention_backend=te needs a GPU"),
+        ("trainer.devices=3", "is not the 1 ranks that torchrun started"),
+        ("model.data.max_length=4096", "is above the model's max_position_embeddings=512"),
+    ],
+)  # fmt: skip
+def test_wrong_configuration_is_one_sentence(
+    override: str, message: str, inputs: dict[str, Path], ranks: Any, tmp_path: Path
+) -> None:
+    (error,) = ranks(1).run(job, arguments(inputs, tmp_path / "run", override), timeout=120)
+    assert message in error
+    assert "\n" not in error
