@@ -141,3 +141,30 @@ def export(folder: Path, wanted: Layout, output: Path, max_shard_bytes: int = 10
     export_hf(
         inner, model.architecture, model.layout, source=folder, output=output, max_shard_bytes=max_shard_bytes
     )
+
+
+def train_and_export(folder: Path, sizes: list[int], wanted: Layout, output: Path) -> torch.Tensor:
+    """Two training steps, then the export. Returns the log-probs of the trained Megatron model."""
+    model = build(folder, sizes, wanted)
+    reference = logps(model)
+    for _ in range(2):
+        gradients(model, reference, "wmpo")
+        model.optimizer.step()
+    inner = unwrap(model.chunks[0])
+    export_hf(inner, model.architecture, model.layout, source=folder, output=output)
+    return logps(model)
+
+
+def smollm2_logps(folder: Path, data: Path, groups: int, shared_prompt: bool, cache: Path) -> torch.Tensor:
+    """[R] log-probs of the first groups of a data file under the starting weights, on one rank."""
+    from transformers import AutoTokenizer
+
+    from mpo_megatron.data import TokenizeOptions, build_dataset
+
+    options = TokenizeOptions(max_prompt_length=256, max_length=512)
+    dataset = build_dataset(data, AutoTokenizer.from_pretrained(folder), options, cache_dir=cache)
+    model = build(
+        folder, [2], Layout(shared_prompt=shared_prompt, max_tokens=2048, options={"head_chunk_size": 256})
+    )
+    model.source.dataset = GroupsInMemory([dataset.group(i) for i in range(groups)])  # type: ignore[assignment]
+    return logps(model)

@@ -13,7 +13,9 @@ from tests.helpers.models import make_llama
 SIZES = [3, 4, 2, 5]
 
 
-def train(folder: Path, wanted: Layout, steps: int, resume: Path | None, save: Path | None) -> tuple[torch.Tensor, float]:
+def train(
+    folder: Path, wanted: Layout, steps: int, resume: Path | None, save: Path | None
+) -> tuple[torch.Tensor, float]:
     """Take steps from the start or from a checkpoint, save if asked. Returns log-probs and the learning rate."""
     from mpo_megatron.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 
@@ -30,7 +32,14 @@ def train(folder: Path, wanted: Layout, steps: int, resume: Path | None, save: P
         model.schedule.step(1)
     if save is not None:
         save_checkpoint(
-            save, done + steps, model.chunks, model.optimizer, model.schedule, model.layout, {"config.yaml": "a: 1\n"}, folder
+            save,
+            done + steps,
+            model.chunks,
+            model.optimizer,
+            model.schedule,
+            model.layout,
+            {"config.yaml": "a: 1\n"},
+            folder,
         )
     return logps(model), model.optimizer.param_groups[0]["lr"]
 
@@ -96,7 +105,9 @@ def broken_case(folder: Path, path: Path) -> str:
     return ""
 
 
-def test_an_unfinished_checkpoint_is_not_found_and_a_broken_one_is_named(folder: Path, ranks: Any, tmp_path: Path) -> None:
+def test_an_unfinished_checkpoint_is_not_found_and_a_broken_one_is_named(
+    folder: Path, ranks: Any, tmp_path: Path
+) -> None:
     from mpo_megatron.training.checkpoint import latest_checkpoint
 
     (tmp_path / ".step_0000009.tmp").mkdir()

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mpo_megatron.conversion.hf_folder import INDEX, WeightReader
-from tests.distributed.jobs import Layout, export
-from tests.helpers.models import make_llama
+from tests.distributed.jobs import Layout, export, train_and_export
+from tests.helpers.models import hugging_face_logps, make_groups, make_llama
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -67,3 +67,15 @@ def test_sharded_bfloat16_source(ranks: Any, tmp_path: Path) -> None:
     assert all(
         after[name].dtype == torch.bfloat16 and torch.equal(before[name], after[name]) for name in before
     )
+
+
+@pytest.mark.parametrize(("world", "layout"), [(1, Layout()), (4, Layout(tp=2, pp=2))])
+def test_the_exported_model_is_the_trained_model(
+    world: int, layout: Layout, ranks: Any, tmp_path: Path
+) -> None:
+    source, sizes = make_llama(tmp_path / "source"), [3, 2, 4]
+    trained = ranks(world).run(train_and_export, source, sizes, layout, tmp_path / "out")[0]
+    vocab_size = AutoModelForCausalLM.from_pretrained(source).config.vocab_size
+    groups = make_groups(sizes, vocab_size)
+    torch.testing.assert_close(trained, hugging_face_logps(tmp_path / "out", groups), rtol=0, atol=1e-4)
+    assert (trained - hugging_face_logps(source, groups)).abs().max() > 0.1

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -50,6 +51,26 @@ def spoil_state() -> float:
 
 def default_dtype() -> torch.dtype:
     return torch.get_default_dtype()
+
+
+class GroupInCycle:
+    """As a model with an optimizer: freed by garbage collection alone, in two rounds."""
+
+    def __init__(self) -> None:
+        self.itself = self
+        self.group = dist.new_group()
+
+    def __del__(self) -> None:
+        again: list[object] = [self.group]
+        again.append(again)
+
+
+def leave_group_behind() -> None:
+    GroupInCycle()
+
+
+def threads() -> int:
+    return psutil.Process().num_threads()
 
 
 def hooks() -> tuple[int, int]:
@@ -143,6 +164,14 @@ def test_other_world_sizes_share_the_processes(pool: RankPool) -> None:
 def test_a_case_does_not_see_the_one_before(pool: RankPool) -> None:
     assert pool.run(spoil_state) == pool.run(spoil_state)
     assert pool.run(default_dtype) == [torch.float32] * 2
+
+
+def test_a_case_leaves_no_threads_behind(pool: RankPool) -> None:
+    pool.run(leave_group_behind)
+    before = pool.run(threads)
+    for _ in range(3):
+        pool.run(leave_group_behind)
+    assert pool.run(threads) == before
 
 
 def test_a_case_can_start_its_own_process_group(pool: RankPool) -> None:
