@@ -48,12 +48,15 @@ done
 # ---- what is trained: everything else is in conf/mpo_gpt.yaml --------------------------------------------------------
 
 ranks=2
-train_overrides=()
+# Few steps at a high rate, so that ten minutes show a difference; in full, two epochs at the YAML's own rate.
+train_overrides=(trainer.max_steps=14 trainer.val_check_interval=0 model.optim.lr=4e-5)
+samples=2
 if [[ $mode == full ]]; then
-    train_overrides+=(trainer.max_epochs=4)
+    train_overrides=(trainer.max_epochs=2)
+    samples=4
 fi
-# As the example data was sampled (examples/data/README.md).
-sampling=(--samples 4 --temperature 1.0 --top-p 0.85 --max-new-tokens 80)
+# As the example data was sampled (examples/data/README.md), with another seed.
+sampling=(--samples "$samples" --temperature 1.0 --top-p 0.85 --max-new-tokens 80 --seed 7)
 
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -141,9 +144,9 @@ sample() { # model, name without suffix
     "$python" tools/score.py --input "$2.jsonl" --output "$2.scored.jsonl.partial" 2>&1 | tee -a "$log"
     mv "$2.scored.jsonl.partial" "$2.scored.jsonl" # only whole files count as done
 }
-sample "$model" "$work/before"
+sample "$model" "$run/before"
 sample "$trained" "$run/after"
 
 begin "report" "$run/report.log"
 logged "$python" tools/report.py --experiment "$experiment" \
-    --before "$work/before.scored.jsonl" --after "$run/after.scored.jsonl"
+    --before "$run/before.scored.jsonl" --after "$run/after.scored.jsonl"

@@ -1,4 +1,4 @@
-"""Real weights, real data: SmolLM2-135M-Instruct through our path against transformers, and at every layout it allows."""
+"""Real weights, real data: SmolLM2-135M-Instruct through our path against transformers, and at its layouts."""
 
 import importlib.util
 import json
