@@ -48,11 +48,12 @@ done
 # ---- what is trained: everything else is in conf/mpo_gpt.yaml --------------------------------------------------------
 
 ranks=2
-# Few steps at a high rate, so that ten minutes show a difference; in full, two epochs at the YAML's own rate.
-train_overrides=(trainer.max_steps=14 trainer.val_check_interval=0 model.optim.lr=4e-5)
+# Few steps at a high rate, so that ten minutes show a difference; in full, two epochs at the YAML's own rate, and a
+# checkpoint to resume from.
+train_overrides=(trainer.max_steps=12 trainer.val_check_interval=0 trainer.save_at_end=false model.optim.lr=4e-5)
 samples=2
 if [[ $mode == full ]]; then
-    train_overrides=(trainer.max_epochs=2)
+    train_overrides=(trainer.max_epochs=2 trainer.save_interval=25)
     samples=4
 fi
 # As the example data was sampled (examples/data/README.md), with another seed.
@@ -102,7 +103,9 @@ begin "training: W-MPO on $ranks ranks" "$run/training.log"
 if [[ -f $trained/config.json ]]; then
     echo "$trained is there already: kept"
 else
+    threads=$(($(getconf _NPROCESSORS_ONLN) / ranks))
     training=(
+        env OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
         "$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" examples/mpo_gpt.py
         model.restore_from_path="$model"
         model.data.cache_dir="$work/cache"

@@ -85,7 +85,7 @@ def start_experiment(config: Config) -> Experiment:
     fixed = experiment_folder(config)
     previous = ""
     if fixed is not None:
-        section["explicit_log_dir"] = str(fixed)
+        section = {**section, "explicit_log_dir": str(fixed), "exp_dir": None, "version": None}
         if not resumes and any((fixed / CHECKPOINTS).glob("*")):
             raise ConfigError(
                 f"{fixed} holds the checkpoints of an earlier run; set exp_manager.resume_if_exists=true to go on with "

@@ -169,6 +169,8 @@ def resume(job: Job) -> int:
         return 0
     path = latest_checkpoint(job.folder / CHECKPOINTS)
     if path is None:
+        if job.experiment is not None:
+            job.experiment.rewind(-1)  # a start that came to no checkpoint is started anew
         return 0
     step = load_checkpoint(path, job.chunks, job.optimizer, job.schedule)
     if job.experiment is not None:

@@ -153,6 +153,16 @@ def test_a_run_that_stopped_resumes_at_another_layout(
         assert ours["lr"] == pytest.approx(theirs["lr"])
 
 
+def test_a_run_that_came_to_no_checkpoint_starts_anew(
+    inputs: dict[str, Path], ranks: Any, tmp_path: Path
+) -> None:
+    more = ["exp_manager.resume_if_exists=true", "trainer.save_at_end=false", "trainer.max_steps=2"]
+    for _ in range(2):
+        assert ranks(1).run(job, arguments(inputs, tmp_path, *more), timeout=240) == [""]
+        assert [line["step"] for line in metrics(tmp_path)] == [1, 2]
+        assert [line["step"] for line in metrics(tmp_path, "validation")] == [0, 2]
+
+
 def job_killed_after(overrides: list[str], steps: int, lines: Path) -> str:
     """Run the job, and stop it by an exception after that many steps, as a crash would."""
     from mpo_megatron.training import trainer
