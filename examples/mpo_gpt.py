@@ -19,10 +19,13 @@ from mpo_megatron.config import check_overrides, parse, register_schema  # noqa:
 from mpo_megatron.errors import UserError  # noqa: E402
 from mpo_megatron.training.trainer import train  # noqa: E402
 
+_composed: list[DictConfig] = []
+
 
 @hydra_runner(config_path="../conf", config_name="mpo_gpt")
-def run(raw: DictConfig) -> None:
-    train(parse(raw))
+def compose(raw: DictConfig) -> None:
+    """Hand the composed YAML out. The job itself runs outside of Hydra, which would print a traceback of its errors."""
+    _composed.append(raw)
 
 
 def main() -> int:
@@ -30,7 +33,8 @@ def main() -> int:
     register_schema()
     try:
         check_overrides(sys.argv[1:])
-        run()
+        compose()
+        train(parse(_composed[0]))
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)

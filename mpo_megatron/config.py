@@ -30,7 +30,7 @@ class TrainerConfig:
     precision: int | str = "bf16"  # bf16 | 32
     seed: int = 1234
     max_epochs: int = 1
-    max_steps: int = -1  # optimizer steps; -1: all of max_epochs
+    max_steps: int = -1  # optimizer steps, over as many epochs as they take; -1: all of max_epochs
     log_every_n_steps: int = 1
     val_check_interval: float = (
         0  # steps between validations (>= 1), a part of an epoch (< 1), or 0: at start and end only
@@ -191,7 +191,7 @@ def check_overrides(arguments: Sequence[str]) -> None:
         raise ConfigError(f"cannot read the override: {' '.join(str(error).split())}") from error
     for override in parsed:
         key = override.key_or_group
-        if not key.startswith(("hydra.", "exp_manager")) and key != "hydra":
+        if not key.startswith(("hydra.", "hydra/", "exp_manager")) and key != "hydra":
             nested: Any = {}
             for part in reversed(key.split(".")):
                 nested = {part: nested}
@@ -294,6 +294,15 @@ def _check(config: Config) -> None:
             "model.sequence_parallel=true needs tensor_model_parallel_size > 1; "
             "set it to false or raise tensor_model_parallel_size"
         )
+    for name, value, least in (
+        ("trainer.limit_val_batches", trainer.limit_val_batches, 1),
+        ("trainer.devices", trainer.devices, 1),
+        ("model.optim.sched.warmup_steps", optim.sched.warmup_steps, 0),
+    ):
+        if value is not None:
+            _at_least(name, value, least)
+    _at_least("model.optim.weight_decay", optim.weight_decay, 0)
+    _positive("model.optim.eps", optim.eps)
     _positive("model.mpo.beta", mpo.beta)
     _at_least("model.mpo.alpha", mpo.alpha, 0)
     _positive("model.optim.lr", optim.lr)

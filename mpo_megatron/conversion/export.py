@@ -58,9 +58,11 @@ def export_hf(
                 writer.add(name, tensor)
     if writer is not None and temporary is not None:
         writer.close()
+        older = temporary.with_name(temporary.name + "-replaced")
         if target.exists():
-            shutil.rmtree(target)
+            target.rename(older)
         temporary.rename(target)
+        shutil.rmtree(older, ignore_errors=True)
     dist.barrier()
 
 

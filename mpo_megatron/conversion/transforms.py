@@ -43,11 +43,6 @@ class Kind:
     join: Callable[[Sequence[Tensor], Cut], list[Tensor]]
 
 
-def _cut_rows(sources: Sequence[Lazy], cut: Cut) -> Tensor:
-    (source,) = sources
-    return source[cut.span(_rows(source))]
-
-
 def _cut_columns(sources: Sequence[Lazy], cut: Cut) -> Tensor:
     (source,) = sources
     return source[:, cut.span(_shape(source)[1])]
@@ -109,7 +104,6 @@ def _rows(source: Lazy) -> int:
 
 
 REPLICATED = Kind(lambda sources, cut: sources[0][:], lambda shards, cut: [shards[0]])
-ROWS = Kind(_cut_rows, lambda shards, cut: [torch.cat(list(shards))])
 COLUMNS = Kind(_cut_columns, lambda shards, cut: [torch.cat(list(shards), dim=1)])
 VOCABULARY = Kind(_cut_vocabulary, _join_vocabulary)
 GATE_UP = Kind(_cut_gate_up, _join_gate_up)

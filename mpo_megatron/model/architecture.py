@@ -86,6 +86,11 @@ def architecture_of(config: Any, where: str = "config") -> Architecture:
         raise ConfigError(
             f"{where}: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}"
         )
+    if getattr(config, "quantization_config", None):
+        raise ConfigError(
+            f"{where}: the weights are quantised (quantization_config in config.json); training starts from float32, "
+            "bfloat16 or float16 weights, so dequantise them first"
+        )
     for name, wanted in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
         value = getattr(config, name, wanted)
         if value != wanted:

@@ -104,7 +104,9 @@ def transformer_config(
         bias_dropout_fusion=on_gpu,
         apply_rope_fusion=te,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=te,
+        # The output layer is Megatron's own even among Transformer Engine's layers, and takes apex's kernel for this.
+        gradient_accumulation_fusion=te
+        and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
         recompute_granularity=options.recompute_granularity,
         recompute_method=options.recompute_method,
         recompute_num_layers=options.recompute_num_layers,

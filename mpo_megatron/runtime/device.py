@@ -29,12 +29,12 @@ def choose_device(accelerator: str) -> torch.device:
             "trainer.accelerator=gpu, but torch finds no GPU here; install a CUDA build of torch on a machine "
             "with a GPU, or set trainer.accelerator=cpu"
         )
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if local_rank >= torch.cuda.device_count():
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if processes > gpus:
         raise ConfigError(
-            f"local rank {local_rank} has no GPU: this node has {torch.cuda.device_count()}; "
-            "start at most that many processes a node (torchrun --nproc-per-node)"
+            f"{processes} processes were started on a node with {gpus} GPU{'s' * (gpus > 1)}; "
+            "start at most one for each GPU (torchrun --nproc-per-node)"
         )
-    device = torch.device("cuda", local_rank)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device

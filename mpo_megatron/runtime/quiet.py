@@ -6,7 +6,7 @@ import warnings
 
 
 def quiet_third_parties() -> None:
-    """Filter known warnings and notices of third parties; to be called before they are imported.
+    """Filter warnings and notices of third parties; to be called before they are imported.
 
     Warnings of this package and errors of any are shown as ever.
     """

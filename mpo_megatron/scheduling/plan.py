@@ -11,6 +11,7 @@ groups make the same step at every tensor and pipeline layout. Invariants, which
 Rows are balanced by cost (FLOPs), not by tokens.
 """
 
+import functools
 import heapq
 import math
 from collections.abc import Iterator, Sequence
@@ -156,6 +157,7 @@ def check_plan(
     )
 
 
+@functools.lru_cache(maxsize=2)
 def epoch_order(num_groups: int, seed: int, epoch: int) -> np.ndarray:
     """[num_groups] the order in which an epoch visits the groups: a permutation drawn from (seed, epoch)."""
     return np.random.default_rng([seed, epoch]).permutation(num_groups)
@@ -170,7 +172,8 @@ def step_groups(step: int, num_groups: int, global_batch_size: int, seed: int) -
     """The groups of global step `step` (from 0, over all epochs), as positions in the data set."""
     epoch, within = divmod(step, steps_per_epoch(num_groups, global_batch_size))
     order = epoch_order(num_groups, seed, epoch)
-    return order[within * global_batch_size : (within + 1) * global_batch_size]
+    # A copy: a view would keep the whole epoch's order alive for every step that is held.
+    return order[within * global_batch_size : (within + 1) * global_batch_size].copy()
 
 
 def in_order(num_groups: int, global_batch_size: int) -> Iterator[np.ndarray]:

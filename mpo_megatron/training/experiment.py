@@ -49,9 +49,9 @@ class Experiment:
         """Drop the lines after `step`: a run that resumes there writes them again."""
         kept = [line for line in self.history() if line["step"] <= step]
         self._lines.close()
-        (self.folder / METRICS_FILE).write_text(
-            "".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8"
-        )
+        temporary = self.folder / f"{METRICS_FILE}.tmp"
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        temporary.replace(self.folder / METRICS_FILE)
         self._lines = (self.folder / METRICS_FILE).open("a", encoding="utf-8")
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from mpo_megatron.config import OptimConfig
 
+_HYPER_PARAMETERS = ("lr", "max_lr", "min_lr", "betas", "eps")
 _DECAY_STYLES = {"CosineAnnealing": "cosine", "Linear": "linear", "Constant": "constant"}
 
 
@@ -81,6 +82,10 @@ def load_optimizer(optimizer: Any, loaded: dict[str, Any]) -> None:
     """
     adams = _around_torch_adam(optimizer)
     inner = loaded.get("optimizer", loaded)
+    # The run's own hyper-parameters, not those that it was saved with: Megatron keeps both in the parameter groups.
+    present = optimizer.param_groups[0]
+    for group in inner["param_groups"]:
+        group.update({key: present[key] for key in _HYPER_PARAMETERS if key in group and key in present})
     if adams and "state" in inner:
         inner["state"].setdefault("common_step", torch.tensor(0.0))
     optimizer.load_state_dict(loaded)

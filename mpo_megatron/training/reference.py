@@ -8,6 +8,7 @@ rows and their arithmetic.
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,10 +55,12 @@ def reference_logps(
     size = int(source.dataset.response_offsets[-1])
     cached = [path.is_file()]
     dist.broadcast_object_list(cached, src=0)
-    if cached[0]:
-        return torch.from_numpy(np.load(path)).to(layout.device)
-
     values = torch.zeros(size, dtype=torch.float32, device=layout.device)
+    if cached[0]:  # read where it was written: other nodes may not see rank 0's cache
+        if layout.is_main:
+            values.copy_(torch.from_numpy(np.load(path)))
+        dist.broadcast(values, src=0)
+        return values
     seen = torch.zeros(size, dtype=torch.bool)
     for chunk in chunks:
         chunk.eval()
@@ -71,7 +74,7 @@ def reference_logps(
     values[~seen.to(layout.device)] = float("nan")
     if layout.is_main:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{layout.world_size}.tmp.npy")
-        np.save(temporary, values.cpu().numpy())
-        temporary.replace(path)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npy", delete=False) as file:
+            np.save(file, values.cpu().numpy())
+        Path(file.name).replace(path)
     return values

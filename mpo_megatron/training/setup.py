@@ -63,6 +63,7 @@ def prepare(config: Config) -> Setup:
         pp=model.pipeline_model_parallel_size,
         max_length=model.data.max_length,
     )
+    check_export_path(config)
     objective = partial(
         objectives.get(model.mpo.objective),
         beta=model.mpo.beta,
@@ -101,6 +102,30 @@ def prepare(config: Config) -> Setup:
         validation=validation,
         steps_per_epoch=per_epoch,
     )
+
+
+def check_export_path(config: Config) -> None:
+    """Check before training that the export will not take the place of anything but an older export.
+
+    Raises:
+        ConfigError: the folder is the starting model's or above it, or holds files but no model.
+    """
+    if not config.model.export_path:
+        return
+    target = Path(config.model.export_path).expanduser().resolve()
+    source = Path(config.model.restore_from_path).expanduser().resolve()
+    if target == source or target in source.parents:
+        raise ConfigError(
+            f"model.export_path={config.model.export_path} would replace model.restore_from_path={source}; "
+            "choose another folder"
+        )
+    if target.exists() and (
+        not target.is_dir() or (any(target.iterdir()) and not (target / "config.json").is_file())
+    ):
+        raise ConfigError(
+            f"model.export_path={config.model.export_path} is there already and is not a model's folder; "
+            "the export would replace it, so choose another, or empty it"
+        )
 
 
 def _check_devices(config: Config, layout: ParallelLayout) -> None:

@@ -5,6 +5,7 @@ The loss of a row is the sum of its groups' losses, and its count is its number 
 gradient is that of the mean over the groups of the global step, however they are laid out.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -33,15 +34,17 @@ def run_schedule(
         row = next(rows)
         return model(row), partial(row_loss, row)
 
-    return get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iter(step.rows),
-        model=chunks,
-        num_microbatches=len(step.rows),
-        seq_length=step.row_tokens,
-        micro_batch_size=1,
-        forward_only=forward_only,
-    )
+    # Megatron's schedules leave the graph on in a forward-only pass.
+    with torch.no_grad() if forward_only else contextlib.nullcontext():
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(step.rows),
+            model=chunks,
+            num_microbatches=len(step.rows),
+            seq_length=step.row_tokens,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
 
 
 def objective_loss(objective: Objective, reference_logps: Tensor) -> RowLoss:

@@ -1,5 +1,6 @@
 """The job, top-down: prepare, reference log-probs, steps with validation and checkpoints, export, closing table."""
 
+import json
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ import mpo_megatron
 from mpo_megatron.config import Config
 from mpo_megatron.conversion.export import export_hf
 from mpo_megatron.conversion.load import load_hf_weights
-from mpo_megatron.errors import UserError
+from mpo_megatron.errors import CheckpointError, UserError
 from mpo_megatron.model.attention import choose_backend
 from mpo_megatron.model.provider import ModelOptions, build_model, unwrap, uses_transformer_engine
 from mpo_megatron.runtime.parallel import raise_together, shutdown
@@ -29,6 +30,8 @@ from mpo_megatron.training.report import TrainingBar, before_after, plot_run, pr
 from mpo_megatron.training.rows import StepRows
 from mpo_megatron.training.setup import Setup, Split, prepare
 from mpo_megatron.training.step import mean_metrics, objective_loss, run_schedule
+
+IDENTITY_FILE = "run.json"
 
 
 def train(config: Config) -> None:
@@ -45,8 +48,12 @@ def train(config: Config) -> None:
             validate(job, 0)
         run_steps(job, start)
         finish(job)
-    finally:
+    except (
+        UserError
+    ):  # on all ranks alike; after any other error, ending the groups could wait for ranks inside one
         shutdown()
+        raise
+    shutdown()
 
 
 @dataclass
@@ -107,8 +114,13 @@ def build_job(setup: Setup) -> Job:
 
     tensor_parallel.model_parallel_cuda_manual_seed(config.trainer.seed)
     chunks = build_model(setup.architecture, layout, model_options(config, setup.dtype))
-    for chunk in chunks:
-        load_hf_weights(unwrap(chunk), setup.architecture, layout, config.model.restore_from_path)
+    error = None
+    try:
+        for chunk in chunks:
+            load_hf_weights(unwrap(chunk), setup.architecture, layout, config.model.restore_from_path)
+    except UserError as caught:
+        error = caught
+    raise_together(error, layout)
     chunks = wrap_data_parallel(chunks, config.model.optim.distributed)
     optimizer = build_optimizer(chunks, config.model.optim, config.trainer.gradient_clip_val, setup.dtype)
     schedule = build_schedule(optimizer, config.model.optim, len(setup.train.steps))
@@ -149,14 +161,17 @@ def _reference(split: Split, chunks: list[Any], setup: Setup) -> Tensor:
     """The split's reference log-probs over the rows of its first pass; see `reference`."""
     config, layout = setup.config, setup.layout
     steps = split.steps[: setup.steps_per_epoch] if split.name == "train" else split.steps
+    backend = choose_backend(config.model.attention_backend, layout.device, setup.dtype)
+    te = uses_transformer_engine(model_options(config, setup.dtype), layout.device)
+    device = "cpu" if layout.device.type == "cpu" else torch.cuda.get_device_name(layout.device)
     key = {
         "weights": weights_fingerprint(config.model.restore_from_path),
         "data": split.dataset.fingerprint,
         "plan": [len(steps), config.model.global_batch_size, split.source.max_tokens, split.source.alignment,
                  config.model.pack.shared_prompt, config.trainer.seed if split.name == "train" else None],
-        "arithmetic": [layout.sizes, str(layout.device.type), str(setup.dtype), torch.get_num_threads(),
-                       config.sequence_parallel, config.model.transformer_impl, config.model.attention_backend,
-                       config.model.head_chunk_size, torch.__version__, version("megatron-core")],
+        "arithmetic": [layout.sizes, device, str(setup.dtype), torch.get_num_threads(),
+                       config.sequence_parallel, te, backend, config.model.head_chunk_size,
+                       config.model.make_vocab_size_divisible_by, torch.__version__, version("megatron-core")],
     }  # fmt: skip
     path = cache_path(config.model.data.cache_dir, key)
     bar = progress(f"reference, {split.name}", "step", layout.is_main)
@@ -172,11 +187,32 @@ def resume(job: Job) -> int:
         if job.experiment is not None:
             job.experiment.rewind(-1)  # a start that came to no checkpoint is started anew
         return 0
+    _check_same_run(path, job)
     step = load_checkpoint(path, job.chunks, job.optimizer, job.schedule)
     if job.experiment is not None:
         job.experiment.rewind(step)
         say(f"resumed at step {step} from {path}")
     return step
+
+
+def _identity(job: Job) -> dict[str, Any]:
+    """What the position of a run, its count of steps, refers to."""
+    config = job.setup.config
+    return {
+        "model.data.train": job.setup.train.dataset.fingerprint,
+        "model.global_batch_size": config.model.global_batch_size,
+        "trainer.seed": config.trainer.seed,
+    }
+
+
+def _check_same_run(path: Path, job: Job) -> None:
+    saved = json.loads((path / IDENTITY_FILE).read_text(encoding="utf-8"))
+    for key, value in _identity(job).items():
+        if saved.get(key) != value:
+            raise CheckpointError(
+                f"{path} was saved with another {key} ({saved.get(key)}, now {value}), so its steps are not this "
+                "run's; set it back, or start anew in another folder"
+            )
 
 
 def run_steps(job: Job, start: int) -> None:
@@ -253,7 +289,10 @@ def validate(job: Job, step: int) -> None:
 def save(job: Job, step: int) -> None:
     """Write the checkpoint of `step`."""
     source = Path(job.setup.config.model.restore_from_path)
-    files = {"config.yaml": yaml.safe_dump(asdict(job.setup.config), sort_keys=False)}
+    files = {
+        "config.yaml": yaml.safe_dump(asdict(job.setup.config), sort_keys=False),
+        IDENTITY_FILE: json.dumps(_identity(job), indent=2),
+    }
     folder = job.folder / CHECKPOINTS
     path = save_checkpoint(
         folder, step, job.chunks, job.optimizer, job.schedule, job.setup.layout, files, source
@@ -266,7 +305,7 @@ def finish(job: Job) -> None:
     """Export the Hugging Face folder; print the table and draw the picture."""
     config, layout = job.setup.config, job.setup.layout
     output = config.model.export_path
-    target = job.folder / "hf" if output is None else Path(output)
+    target = job.folder / "hf" if output is None else Path(output).expanduser()
     if output != "":
         model = unwrap(job.chunks[0])
         export_hf(model, job.setup.architecture, layout, source=config.model.restore_from_path, output=target)

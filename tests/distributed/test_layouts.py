@@ -92,6 +92,19 @@ def test_layout_is_exact(
             assert (gradient - wanted).norm() <= 1e-5 * wanted.norm(), key
 
 
+def test_ranks_without_a_group_take_part(model: Path, ranks: Any, tmp_path: Path) -> None:
+    """One group on two data-parallel ranks: the other has a row of padding, and nothing else changes."""
+    (expected,) = ranks(1).run(step_and_gradients, model, [5], Layout(), "wmpo", tmp_path / "one")
+    for world, layout in ((2, Layout()), (4, Layout(tp=2)), (4, Layout(pp=2))):
+        output = tmp_path / f"grad-{world}-{layout.tp}"
+        for result in ranks(world).run(step_and_gradients, model, [5], layout, "wmpo", output):
+            assert result["metrics"] == pytest.approx(expected["metrics"], rel=1e-5, abs=1e-6)
+            assert result["norm"] == pytest.approx(expected["norm"], rel=1e-5)
+        wanted = load_file(tmp_path / "one" / "model.safetensors")
+        for key, gradient in load_file(output / "model.safetensors").items():
+            assert (gradient - wanted[key]).norm() <= 1e-5 * wanted[key].norm(), key
+
+
 def test_one_rank_agrees_with_hugging_face(model: Path, baselines: dict[str, Any]) -> None:
     groups = make_groups(SIZES, _vocab(model))
     torch.testing.assert_close(

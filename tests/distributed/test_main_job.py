@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -156,11 +159,63 @@ def test_a_run_that_stopped_resumes_at_another_layout(
 def test_a_run_that_came_to_no_checkpoint_starts_anew(
     inputs: dict[str, Path], ranks: Any, tmp_path: Path
 ) -> None:
-    more = ["exp_manager.resume_if_exists=true", "trainer.save_at_end=false", "trainer.max_steps=2"]
+    more = ["exp_manager.resume_if_exists=true", "trainer.save_at_end=false", "trainer.max_steps=2",
+            "trainer.val_check_interval=0"]  # fmt: skip
     for _ in range(2):
         assert ranks(1).run(job, arguments(inputs, tmp_path, *more), timeout=240) == [""]
         assert [line["step"] for line in metrics(tmp_path)] == [1, 2]
         assert [line["step"] for line in metrics(tmp_path, "validation")] == [0, 2]
+
+
+def test_resuming_another_run_is_refused_and_a_new_learning_rate_is_taken(
+    inputs: dict[str, Path], ranks: Any, tmp_path: Path
+) -> None:
+    more = [
+        "exp_manager.resume_if_exists=true",
+        "model.optim.sched.name=Constant",
+        "model.optim.sched.warmup_ratio=0",
+    ]
+    assert ranks(1).run(job, arguments(inputs, tmp_path, *more, "trainer.max_steps=2"), timeout=240) == [""]
+    again = [*more, "trainer.max_steps=3", "model.optim.lr=5e-4"]
+    assert ranks(1).run(job, arguments(inputs, tmp_path, *again), timeout=240) == [""]
+    assert [line["lr"] for line in metrics(tmp_path)] == pytest.approx([1e-3, 1e-3, 5e-4])
+    for other in ("trainer.seed=5", "model.global_batch_size=4", f"model.data.train={inputs['validation']}"):
+        (error,) = ranks(1).run(job, arguments(inputs, tmp_path, *again, other), timeout=240)
+        assert f"saved with another {other.split('=')[0]}" in error
+
+
+def test_an_export_takes_the_place_of_no_other_folder(
+    inputs: dict[str, Path], ranks: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "papers").mkdir()
+    (tmp_path / "papers" / "draft.txt").touch()
+    for path, message in ((inputs["model"], "would replace"), (inputs["model"].parent, "would replace"),
+                          (tmp_path / "papers", "is not a model's folder")):  # fmt: skip
+        (error,) = ranks(1).run(
+            job, arguments(inputs, tmp_path / "run", f"model.export_path={path}"), timeout=120
+        )
+        assert message in error
+    assert (tmp_path / "papers" / "draft.txt").exists()
+
+
+def test_the_command_itself_prints_one_sentence(inputs: dict[str, Path], tmp_path: Path) -> None:
+    """examples/mpo_gpt.py as a process: a key that Hydra would refuse, and a rule that only the job knows."""
+    script = [sys.executable, str(CONF.parent / "examples" / "mpo_gpt.py")]
+    for override, message in (
+        ("model.mpo.bta=1", "error: unknown key model.mpo.bta; did you mean model.mpo.beta?"),
+        (
+            "model.restore_from_path=nowhere",
+            "error: model.restore_from_path=nowhere: there is no config.json",
+        ),
+    ):
+        command = [*script, *arguments(inputs, tmp_path / "run", override)]
+        environment = {**os.environ, "PYTHONPATH": str(CONF.parent)}
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=240, cwd=tmp_path, env=environment
+        )
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1].startswith(message)
+        assert "Traceback" not in done.stderr + done.stdout
 
 
 def job_killed_after(overrides: list[str], steps: int, lines: Path) -> str:

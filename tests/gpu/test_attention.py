@@ -40,13 +40,13 @@ def test_backend_agrees_with_sdpa(name: str, shared_prompt: bool) -> None:
     for backend in (make_backend("sdpa", config, 1), make_backend(name, config, 1)):
         generator = torch.Generator(device).manual_seed(0)
         shapes = ((4096, HEADS, SIZE), (4096, KV_HEADS, SIZE), (4096, KV_HEADS, SIZE))
-        inputs = [
+        q, k, v = (
             torch.randn(s, generator=generator, device=device, dtype=torch.bfloat16, requires_grad=True)
             for s in shapes
-        ]
-        out = backend(*inputs, params)
+        )
+        out = backend(q, k, v, params)
         out.float().square().sum().backward()
-        results.append([out.detach(), *(t.grad for t in inputs)])
+        results.append([out.detach(), q.grad, k.grad, v.grad])
     for ours, theirs in zip(*results, strict=True):
         assert ours is not None
         assert theirs is not None

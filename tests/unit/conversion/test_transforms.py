@@ -23,7 +23,6 @@ ARCHITECTURE = architecture_of(
 Q, KV, F, H, V = 48, 24, 36, 48, 37
 SOURCES: dict[str, list[tuple[int, ...]]] = {
     "REPLICATED": [(H,)],
-    "ROWS": [(F, H)],
     "COLUMNS": [(H, F)],
     "VOCABULARY": [(V, H)],
     "GATE_UP": [(F, H), (F, H)],
