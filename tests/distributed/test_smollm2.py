@@ -77,7 +77,7 @@ def test_layouts_train_alike(smollm2: Path, ranks: Any, tmp_path: Path) -> None:
             "trainer.val_check_interval=0",
             "trainer.save_at_end=false",
             'model.export_path=""',
-            "model.global_batch_size=1",
+            "model.global_batch_size=2",
             *more,
         ]
         assert ranks(world).run(job, arguments, timeout=600) == [""] * world
