@@ -281,13 +281,13 @@ def _check(config: Config) -> None:
             f"trainer.val_check_interval={trainer.val_check_interval} must be a whole number of steps, or below 1"
         )
 
-    for name, size in (
-        ("context_parallel_size", model.context_parallel_size),
-        ("virtual_pipeline_model_parallel_size", model.virtual_pipeline_model_parallel_size or 1),
-    ):
-        if size > 1:
+    virtual = model.virtual_pipeline_model_parallel_size
+    if virtual is not None:
+        _at_least("model.virtual_pipeline_model_parallel_size", virtual, 1)
+        if virtual > 1 and model.pipeline_model_parallel_size == 1:
             raise ConfigError(
-                f"model.{name}={size} is not supported yet; remove it, and use tensor, pipeline and data parallelism"
+                f"model.virtual_pipeline_model_parallel_size={virtual} interleaves the stages of a pipeline and needs "
+                "pipeline_model_parallel_size > 1; raise it or remove virtual_pipeline_model_parallel_size"
             )
     if model.sequence_parallel and model.tensor_model_parallel_size == 1:
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from mpo_megatron.runtime.parallel import ParallelLayout
 
 
 def export_hf(
-    model: GroupModel,
+    models: Sequence[GroupModel],
     architecture: Architecture,
     layout: ParallelLayout,
     *,
@@ -34,11 +35,13 @@ def export_hf(
     written once. The folder appears under its name when it is complete, in the place of an older one.
 
     Args:
-        model: this rank's unwrapped model.
+        models: this rank's unwrapped model chunks.
         source: the Hugging Face folder that the run started from, for everything but the weights.
         output: the folder to make.
     """
-    parameters = global_parameter_names(model)
+    parameters = {
+        name: parameter for model in models for name, parameter in global_parameter_names(model).items()
+    }
     holdings = _holdings(parameters, layout)
     dtype = next(iter(parameters.values())).dtype
     target = Path(output)

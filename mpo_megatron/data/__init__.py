@@ -1,7 +1,8 @@
 """Groups of scored responses: `build_dataset` reads, checks, partitions, tokenises and caches them."""
 
 from mpo_megatron.data.cache import DataReport
-from mpo_megatron.data.dataset import GroupDataset, TokenizedGroup, build_dataset
+from mpo_megatron.data.dataset import GroupDataset, build_dataset
+from mpo_megatron.data.groups import GroupList, Groups, TokenizedGroup
 from mpo_megatron.data.partition import PARTITIONS, partition_by_mean, preferred_mask
 from mpo_megatron.data.readers import read_groups, read_records
 from mpo_megatron.data.schema import DataError, Message, ScoredGroup, ScoredResponse, group_from_record
@@ -12,8 +13,10 @@ __all__ = [
     "DataError",
     "DataReport",
     "GroupDataset",
+    "GroupList",
     "GroupTokenizer",
     "GroupTokens",
+    "Groups",
     "Message",
     "ScoredGroup",
     "ScoredResponse",

@@ -12,7 +12,6 @@ response_offsets[i] + k.
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,23 +23,13 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from mpo_megatron.data.cache import DataReport, cache_key, published, with_progress, write_cache
+from mpo_megatron.data.groups import TokenizedGroup
 from mpo_megatron.data.partition import get_partition
 from mpo_megatron.data.readers import read_groups
 from mpo_megatron.data.tokenize import GroupTokenizer, TokenizeOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True, slots=True)
-class TokenizedGroup:
-    """One group: prompt_ids int64 [P], n response_ids int64 [L_k], scores float64 [n], preferred bool [n]."""
-
-    id: str
-    prompt_ids: NDArray[np.int64]
-    response_ids: list[NDArray[np.int64]]
-    scores: NDArray[np.float64]
-    preferred: NDArray[np.bool_]
 
 
 class GroupDataset:

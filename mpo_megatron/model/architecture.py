@@ -143,7 +143,7 @@ def _rope_parameters(config: Any) -> dict[str, Any]:
     return {"rope_theta": config.rope_theta, **scaling}
 
 
-def check_layout(architecture: Architecture, *, tp: int, pp: int, max_length: int) -> None:
+def check_layout(architecture: Architecture, *, tp: int, pp: int, max_length: int, vpp: int = 1) -> None:
     """Check that the model can be cut as asked and is used within what it was made for.
 
     Raises:
@@ -166,6 +166,13 @@ def check_layout(architecture: Architecture, *, tp: int, pp: int, max_length: in
         raise ConfigError(
             f"model.pipeline_model_parallel_size={pp} does not divide the model's {architecture.num_layers} layers; "
             f"use one of {', '.join(map(str, fitting))}"
+        )
+    per_stage = architecture.num_layers // pp
+    if per_stage % vpp:
+        fitting = [n for n in range(1, per_stage + 1) if not per_stage % n]
+        raise ConfigError(
+            f"model.virtual_pipeline_model_parallel_size={vpp} does not divide the {per_stage} layers of a pipeline "
+            f"stage; use one of {', '.join(map(str, fitting))}"
         )
     for limit, name in (
         (architecture.max_positions, "max_position_embeddings"),

@@ -7,47 +7,73 @@ Each response attends to its prompt, stored once, and to itself. The backends co
   capability 8.0 and up;
 - `te`: Transformer Engine's DotProductAttention on the same variable-length problem; GPU.
 
-Shapes: T packed tokens, Hq query heads and Hkv key-value heads of this rank, D head size.
+Under context parallelism a rank has the queries of the tokens it holds and gathers the keys and values of the whole row
+(with grouped-query attention these are the small part); its segments say which of them each query sees.
+
+Shapes: T packed tokens, t of them held by this rank (T without context parallelism), Hq query heads and Hkv key-value
+heads of this rank, D head size.
 """
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mpo_megatron.errors import ConfigError
 from mpo_megatron.model.segments import RowParams
+from mpo_megatron.scheduling.layout import Span, context_spans
 
-# (q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D], params) -> [used, Hq * D]: outputs of the row's used tokens,
-# padding left out.
+# (q [t, Hq, D], k [T, Hkv, D], v [T, Hkv, D], params) -> [used, Hq * D]: outputs of the held tokens, padding left out.
 Backend = Callable[[Tensor, Tensor, Tensor, RowParams], Tensor]
 VarlenKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, params: RowParams) -> Tensor:
-    """One scaled_dot_product_attention call per segment, at the cost of the segment's own attention pairs."""
+    """One scaled_dot_product_attention call per segment, at the cost of the segment's own attention pairs.
+
+    Rows are split once rather than sliced for each segment: the backward pass of a slice fills and adds a whole row.
+    """
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))  # [1, heads, T, D]
     gqa = q.size(1) != k.size(1)
+    queries = _split(q, [segment.queries for segment in params.segments])
+    keys, values = (_split(t, params.pieces) for t in (k, v))
     outputs = []
     for segment in params.segments:
-        own = slice(segment.own.start, segment.own.stop)
-        if segment.prompt is None:
-            out = F.scaled_dot_product_attention(
-                q[:, :, own], k[:, :, own], v[:, :, own], is_causal=True, enable_gqa=gqa
+        mask = params.masks.get((segment.queries.length, segment.num_keys))
+        outputs.append(
+            F.scaled_dot_product_attention(
+                queries[segment.queries.start],
+                _join(keys, segment.keys),
+                _join(values, segment.keys),
+                attn_mask=mask,
+                is_causal=mask is None,
+                enable_gqa=gqa,
             )
-        else:
-            prompt = slice(segment.prompt.start, segment.prompt.stop)
-            keys = torch.cat((k[:, :, prompt], k[:, :, own]), dim=2)
-            values = torch.cat((v[:, :, prompt], v[:, :, own]), dim=2)
-            mask = params.masks[segment.own.length, segment.num_keys]
-            out = F.scaled_dot_product_attention(q[:, :, own], keys, values, attn_mask=mask, enable_gqa=gqa)
-        outputs.append(out)
+        )
     return torch.cat(outputs, dim=2)[0].transpose(0, 1).flatten(1)
+
+
+def _split(tensor: Tensor, spans: Sequence[Span]) -> dict[int, Tensor]:
+    """The parts of [1, heads, T, D] at spans that follow each other from 0 without gaps, by their starts."""
+    lengths = [span.length for span in spans]
+    parts = tensor.split([*lengths, tensor.size(2) - sum(lengths)], dim=2)
+    return {span.start: part for span, part in zip(spans, parts, strict=False)}
+
+
+def _join(parts: dict[int, Tensor], spans: Sequence[Span]) -> Tensor:
+    """The parts that begin where the spans do, cut to the spans' lengths, one after the other."""
+    found = [parts[span.start] for span in spans]
+    # Under context parallelism a segment may end within its response.
+    cut = [p if p.size(2) == s.length else p[:, :, : s.length] for p, s in zip(found, spans, strict=True)]
+    return cut[0] if len(cut) == 1 else torch.cat(cut, dim=2)
 
 
 def varlen(kernel: VarlenKernel) -> Backend:
@@ -160,6 +186,19 @@ def _te_kernel(config: TransformerConfig, layer_number: int) -> VarlenKernel:
     return kernel
 
 
+def use_shared_prompts(spec: ModuleSpec, backend: str) -> ModuleSpec:
+    """Put shared-prompt attention into a transformer layer's spec, in place, and return it.
+
+    Args:
+        spec: a layer with self-attention, from Transformer Engine or local.
+        backend: what `choose_backend` gave.
+    """
+    spec.submodules.self_attention.submodules.core_attention = ModuleSpec(
+        module=SharedPromptAttention, params={"backend": backend}
+    )
+    return spec
+
+
 class SharedPromptAttention(MegatronModule):
     """Megatron's core-attention module for packed rows. No parameters, no dropout."""
 
@@ -178,10 +217,29 @@ class SharedPromptAttention(MegatronModule):
         packed_seq_params: RowParams,
         **kwargs: Any,
     ) -> Tensor:
-        """[T, 1, Hq * D] from query [T, 1, Hq, D] and key, value [T, 1, Hkv, D]; padding comes out as zeros."""
+        """[t, 1, Hq * D] from query [t, 1, Hq, D] and key, value [t, 1, Hkv, D]; padding comes out as zeros."""
         tokens, _, heads, size = query.shape
-        used = packed_seq_params.row.used_tokens
-        if used == 0:
-            return query.reshape(tokens, 1, heads * size) * 0
+        row = packed_seq_params.row
+        if self.config.context_parallel_size > 1:
+            key, value = gather_row((key, value), row.row_tokens, parallel_state.get_context_parallel_group())
+        if row.used_tokens == 0:
+            # Every parameter keeps a place in the graph, and every rank its part in the collectives of the backward
+            # pass.
+            return query.reshape(tokens, 1, heads * size) * 0 + (key.sum() + value.sum()) * 0
         out = self.attend(query[:, 0], key[:, 0], value[:, 0], packed_seq_params)
-        return F.pad(out, (0, 0, 0, tokens - used))[:, None]
+        return F.pad(out, (0, 0, 0, tokens - row.used_tokens))[:, None]
+
+
+def gather_row(held: tuple[Tensor, ...], row_tokens: int, group: dist.ProcessGroup) -> tuple[Tensor, ...]:
+    """Keys and values [t, 1, Hkv, D] of all context-parallel ranks as [T, 1, Hkv, D] in the row's order.
+
+    One collective for all; its backward pass sums the gradients over the ranks and gives each its own tokens' part.
+    """
+    gathered = tensor_parallel.gather_from_sequence_parallel_region(
+        torch.cat(held, dim=2), tensor_parallel_output_grad=True, group=group
+    )
+    size = dist.get_world_size(group)
+    spans = [span for rank in range(size) for span in context_spans(row_tokens, size, rank)]
+    chunks = gathered.split([span.length for span in spans])
+    in_order = [chunks[i] for i in sorted(range(len(spans)), key=lambda i: spans[i].start)]
+    return torch.cat(in_order).split([part.size(2) for part in held], dim=2)

@@ -2,16 +2,18 @@
 
 It stands in the place of Megatron's output layer and runs on the N predicting positions only. Logits exist
 for one chunk of positions at a time; the backward pass keeps the log-normaliser of each position (4 bytes)
-and computes them again.
+and computes them again. Under context parallelism each rank predicts from the positions it holds, and the sums are
+added up over the ranks.
 
-Shapes: T packed tokens, N response tokens, R responses, H hidden size, V rows of the vocabulary on this rank.
+Shapes: t packed tokens on this rank, N response tokens predicted from them, R responses of the row, H hidden size, V
+rows of the vocabulary on this rank.
 """
 
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
 
 from mpo_megatron.scheduling.pack import PackedRow
@@ -21,6 +23,10 @@ class _TokenLogProbs(torch.autograd.Function):
     """log p(target) [N] of a vocabulary-parallel linear layer and softmax, in float32 (float64 for float64 inputs).
 
     With logits l = W h, log-normaliser Z = logsumexp l: log p = l_target - Z and d log p / d l = onehot - softmax(l).
+
+    The forward pass goes through the positions in chunks, since the normaliser needs a whole row of logits. The
+    backward pass knows it and goes through the vocabulary in blocks instead: each block's part of the weight's
+    gradient comes from one product over all positions, in its final place. Either way chunk * V logits exist at a time.
     """
 
     @staticmethod
@@ -32,12 +38,13 @@ class _TokenLogProbs(torch.autograd.Function):
         # Log-normaliser over this rank's rows, and the target's logit where this rank holds it.
         partial = hidden.new_full((size,), torch.finfo(dtype).min, dtype=dtype)
         logit = hidden.new_zeros((size,), dtype=dtype)
-        here = (targets >= first_row) & (targets < first_row + rows)
-        local = torch.where(here, targets - first_row, 0)
         for part in _chunks(size if rows else 0, chunk):
             logits = (hidden[part] @ weight.t()).to(dtype)
-            partial[part] = torch.logsumexp(logits, dim=-1)
-            logit[part] = logits.gather(1, local[part, None]).squeeze(1) * here[part]
+            local, here = _local_targets(targets[part], first_row, rows)
+            logit[part] = logits.gather(1, local).squeeze(1) * here
+            # logsumexp in the place of the logits: no second tensor of their size.
+            peak = logits.amax(dim=-1, keepdim=True)
+            partial[part] = logits.sub_(peak).exp_().sum(-1).log_().add_(peak.squeeze(1))
         if dist.get_world_size(group) > 1:
             peak = partial.clone()
             dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
@@ -46,28 +53,54 @@ class _TokenLogProbs(torch.autograd.Function):
             normaliser, logit = sums[0].log() + peak, sums[1]
         else:
             normaliser = partial
-        ctx.save_for_backward(hidden, weight, local, here, normaliser)
-        ctx.chunk = chunk
+        ctx.save_for_backward(hidden, weight, targets, normaliser)
+        ctx.first_row, ctx.chunk = first_row, chunk
         return logit - normaliser
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
-        hidden, weight, local, here, normaliser = ctx.saved_tensors
-        grad_hidden = torch.zeros_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=normaliser.dtype)
-        for part in _chunks(hidden.size(0) if weight.size(0) else 0, ctx.chunk):
-            logits = (hidden[part] @ weight.t()).to(normaliser.dtype)
+        hidden, weight, targets, normaliser = ctx.saved_tensors
+        size, rows = targets.numel(), weight.size(0)
+        grad_hidden = torch.zeros_like(hidden, dtype=normaliser.dtype)
+        grad_weight = torch.empty_like(weight) if size else torch.zeros_like(weight)
+        block = max(1, ctx.chunk * rows // max(size, 1))
+        for part in _chunks(rows if size else 0, block):
+            logits = (hidden @ weight[part].t()).to(normaliser.dtype)
             # grad * (onehot - softmax), in the place of the logits.
-            d_logits = logits.sub_(normaliser[part, None]).exp_().mul_(-grad[part, None])
-            d_logits.scatter_add_(1, local[part, None], (grad[part] * here[part])[:, None])
+            d_logits = logits.sub_(normaliser[:, None]).exp_().mul_(-grad[:, None])
+            local, here = _local_targets(targets, ctx.first_row + part.start, part.stop - part.start)
+            d_logits.scatter_add_(1, local, (grad * here)[:, None])
             d_logits = d_logits.to(weight.dtype)
-            grad_hidden[part] = d_logits @ weight
-            grad_weight += d_logits.t() @ hidden[part]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+            grad_hidden += d_logits @ weight[part]
+            torch.mm(d_logits.t(), hidden, out=grad_weight[part])
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None
+
+
+def _local_targets(targets: Tensor, first_row: int, rows: int) -> tuple[Tensor, Tensor]:
+    """([N, 1] int64 row of each target among `rows` rows from `first_row`, 0 where outside; [N] bool, inside)."""
+    local = targets.long() - first_row
+    here = (local >= 0) & (local < rows)
+    return torch.where(here, local, 0)[:, None], here
 
 
 def _chunks(size: int, chunk: int) -> list[slice]:
     return [slice(start, min(start + chunk, size)) for start in range(0, size, chunk)]
+
+
+class _SumOverContext(torch.autograd.Function):
+    """Sum over the context-parallel ranks, each of which then computes the same loss: the gradient goes back as it
+    is.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total, group=parallel_state.get_context_parallel_group())
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
 
 
 class ResponseHead(tensor_parallel.ColumnParallelLinear):
@@ -98,7 +131,7 @@ class ResponseHead(tensor_parallel.ColumnParallelLinear):
         """Sum the log-probabilities of each response's tokens.
 
         Args:
-            hidden: [T, 1, H], or this rank's part of T under sequence parallelism.
+            hidden: [t, 1, H], or this rank's part of t under sequence parallelism.
             weight: [V, H] the tied embedding, if the layer has no weight of its own.
 
         Returns:
@@ -114,8 +147,11 @@ class ResponseHead(tensor_parallel.ColumnParallelLinear):
         row = self.row
         first = dist.get_rank(self.tp_group) * weight.size(0)
         real = max(0, min(weight.size(0), self.vocab_size - first))
+        predicting = hidden.squeeze(1).index_select(0, row.predict_from)
         token_logps = _TokenLogProbs.apply(
-            hidden[row.predict_from, 0], weight[:real], row.targets, first, self.tp_group, self.chunk_size
+            predicting, weight[:real], row.targets, first, self.tp_group, self.chunk_size
         )
         sums = token_logps.new_zeros(row.num_responses).index_add(0, row.target_response, token_logps)
+        if self.config.context_parallel_size > 1:
+            sums = _SumOverContext.apply(sums)
         return sums[:, None, None], None

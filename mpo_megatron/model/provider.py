@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mpo_megatron.errors import ConfigError
 from mpo_megatron.model.architecture import Architecture
-from mpo_megatron.model.attention import SharedPromptAttention, choose_backend
+from mpo_megatron.model.attention import choose_backend, use_shared_prompts
 from mpo_megatron.model.head import ResponseHead
 from mpo_megatron.model.norm import RMSNorm
 from mpo_megatron.model.rotary import PositionRotaryEmbedding
@@ -47,8 +47,25 @@ class ModelOptions:
 class GroupModel(GPTModel):
     """GPTModel whose input is a packed row and whose last stage returns log-probability sums."""
 
+    @classmethod
+    def take_over(cls, model: GPTModel, vocab_size: int, *, head_chunk_size: int = 1024) -> "GroupModel":
+        """Turn a GPTModel into a GroupModel, in place: same parameters, same names in checkpoints.
+
+        Args:
+            model: with rotary positions and a spec of `use_shared_prompts`, before it is wrapped.
+            vocab_size: the vocabulary without padding.
+            head_chunk_size: positions whose logits exist at a time.
+        """
+        assert model.position_embedding_type == "rope", model.position_embedding_type
+        model.__class__ = cls
+        rotary = model.rotary_pos_emb
+        model.rotary_pos_emb = PositionRotaryEmbedding(rotary.inv_freq.tolist(), rotary.inv_freq.device)
+        if model.post_process:
+            ResponseHead.take_over(model.output_layer, vocab_size, head_chunk_size)
+        return model
+
     def forward(self, row: PackedRow) -> Tensor:
-        """Hidden states [T, 1, H] between pipeline stages; [1, R, 1] float32 log-probability sums from the last."""
+        """Hidden states [t, 1, H] between pipeline stages; [1, R, 1] float32 log-probability sums from the last."""
         if self.post_process:
             self.output_layer.row = row
         return super().forward(
@@ -96,6 +113,11 @@ def transformer_config(
         bf16=options.dtype == torch.bfloat16,
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        # With two stages the same two ranks send both ways at once, and batched sends and receives mix the ways up:
+        # interleaving needs each on its own.
+        overlap_p2p_comm=layout.vpp > 1,
+        batch_p2p_comm=layout.vpp == 1,
         context_parallel_size=layout.cp,
         sequence_parallel=options.sequence_parallel,
         use_cpu_initialization=not on_gpu,
@@ -123,47 +145,53 @@ def layer_spec(architecture: Architecture, te: bool, backend: str) -> ModuleSpec
     else:
         spec = get_gpt_layer_local_spec(normalization="RMSNorm")
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
-    attention = ModuleSpec(module=SharedPromptAttention, params={"backend": backend})
-    spec.submodules.self_attention.submodules.core_attention = attention
-    return spec
+    return use_shared_prompts(spec, backend)
 
 
 def build_model(
     architecture: Architecture, layout: ParallelLayout, options: ModelOptions
 ) -> list[torch.nn.Module]:
-    """This rank's model chunks, weights not yet filled, in bf16 wrapped in Megatron's Float16Module.
+    """This rank's model chunks (one for each of its virtual pipeline stages), weights not yet filled.
+
+    In bf16 they are wrapped in Megatron's Float16Module.
 
     Raises:
         ConfigError: a backend or implementation that was asked for is not there.
     """
     config = transformer_config(architecture, layout, options)
+    return [_build_chunk(config, architecture, layout, options, stage) for stage in range(layout.vpp)]
+
+
+def _build_chunk(
+    config: TransformerConfig,
+    architecture: Architecture,
+    layout: ParallelLayout,
+    options: ModelOptions,
+    virtual_stage: int,
+) -> torch.nn.Module:
     te = uses_transformer_engine(options, layout.device)
-    spec = layer_spec(
-        architecture, te, choose_backend(options.attention_backend, layout.device, options.dtype)
-    )
-    vocab_size = architecture.padded_vocab_size(options.make_vocab_size_divisible_by, layout.tp)
-    block: Any = (
-        spec
-        if te
-        else TransformerBlockSubmodules([spec] * get_num_layers_to_build(config), layer_norm=RMSNorm)
-    )
-    model = GroupModel(
+    backend = choose_backend(options.attention_backend, layout.device, options.dtype)
+    spec = layer_spec(architecture, te, backend)
+    vp_stage = virtual_stage if layout.vpp > 1 else None
+    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    block: Any = spec if te else TransformerBlockSubmodules([spec] * num_layers, layer_norm=RMSNorm)
+    model = GPTModel(
         config,
         block,
-        vocab_size=vocab_size,
+        vocab_size=architecture.padded_vocab_size(options.make_vocab_size_divisible_by, layout.tp),
         max_sequence_length=architecture.max_positions,
-        pre_process=layout.pp_rank == 0,
-        post_process=layout.is_last_stage,
+        pre_process=layout.pp_rank == 0 and virtual_stage == 0,
+        post_process=layout.is_last_stage and virtual_stage == layout.vpp - 1,
         share_embeddings_and_output_weights=architecture.tied_embeddings,
         position_embedding_type="rope",
+        vp_stage=vp_stage,
     )
+    GroupModel.take_over(model, architecture.vocab_size, head_chunk_size=options.head_chunk_size)
     model.rotary_pos_emb = PositionRotaryEmbedding(architecture.inverse_frequencies, layout.device)
-    if model.post_process:
-        ResponseHead.take_over(model.output_layer, architecture.vocab_size, options.head_chunk_size)
     _mark_tensor_parallel(model)
     if layout.device.type == "cuda":
         model.cuda(layout.device)
-    return [Float16Module(config, model) if config.bf16 else model]
+    return Float16Module(config, model) if config.bf16 else model
 
 
 def _mark_tensor_parallel(model: torch.nn.Module) -> None:

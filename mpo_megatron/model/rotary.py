@@ -6,6 +6,7 @@ packed row each response goes on from its prompt's last position, so the angles 
 `forward`: that is where positions go through.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ class PositionRotaryEmbedding(RotaryEmbedding):
     The frequencies come from the Hugging Face config (rope scaling included), so both sides rotate alike.
     """
 
-    def __init__(self, inverse_frequencies: tuple[float, ...], device: torch.device) -> None:
+    def __init__(self, inverse_frequencies: Sequence[float], device: torch.device) -> None:
         torch.nn.Module.__init__(self)  # the parent's constructor only computes what is given here
         # A plain attribute, not a buffer: casting the model to bfloat16 must not round the angles.
         self.inv_freq = torch.tensor(inverse_frequencies, dtype=torch.float32, device=device)

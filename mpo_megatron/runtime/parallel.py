@@ -104,14 +104,21 @@ def initialize(
         context_parallel_size=cp,
         distributed_timeout_minutes=timeout_minutes,
     )
+    return current_layout(device)
+
+
+def current_layout(device: torch.device) -> ParallelLayout:
+    """This rank's place in the groups that Megatron has, whoever has made them."""
+    from megatron.core import parallel_state
+
     return ParallelLayout(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
-        local_rank=int(os.environ["LOCAL_RANK"]),
-        tp=tp,
-        pp=pp,
-        vpp=vpp,
-        cp=cp,
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        tp=parallel_state.get_tensor_model_parallel_world_size(),
+        pp=parallel_state.get_pipeline_model_parallel_world_size(),
+        vpp=parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        cp=parallel_state.get_context_parallel_world_size(),
         dp=parallel_state.get_data_parallel_world_size(),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),

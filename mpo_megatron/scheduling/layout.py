@@ -7,9 +7,13 @@ continue it::
 
 With shared prompts a group is one block. Without, it is one block per response, each with the prompt repeated: the same
 code, for comparison. A response's positions go on where the prompt's end, whichever place it has in the row.
+
+Attention sees a row as **segments**: the tokens of a prompt look at the prompt up to themselves, those of a response at
+[its prompt | the response up to themselves]. Under context parallelism each rank holds some spans of the row, and a
+segment is what a rank holds of a prompt or response: the layout is cut, never a dense mask.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -40,6 +44,10 @@ class GroupLengths:
     prompt: int
     responses: tuple[int, ...]
 
+    def part(self, responses: Iterable[int]) -> "GroupLengths":
+        """The prompt with some of the responses, by their positions in the group."""
+        return GroupLengths(self.prompt, tuple(self.responses[i] for i in responses))
+
     def row_tokens(self, shared_prompt: bool) -> int:
         """Tokens that the group takes in a row."""
         prompts = 1 if shared_prompt else len(self.responses)
@@ -67,3 +75,52 @@ def lay_out(groups: Sequence[GroupLengths], shared_prompt: bool) -> tuple[Block,
                 cursor += length
             blocks.append(Block(prompt, tuple(responses)))
     return tuple(blocks)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive query tokens of one prompt or response, and what they attend to: causal, aligned bottom-right.
+
+    The last query sees all keys, the one before it all but the last, and so on.
+
+    Attributes:
+        queries: where they lie among the tokens that this context-parallel rank holds.
+        keys: where they lie in the row: of a response (its prompt, the response up to the last query), of a prompt
+            (the prompt up to the last query,).
+    """
+
+    queries: Span
+    keys: tuple[Span, ...]
+
+    @property
+    def num_keys(self) -> int:
+        return sum(span.length for span in self.keys)
+
+
+def context_spans(row_tokens: int, size: int, rank: int) -> tuple[Span, ...]:
+    """What context-parallel rank `rank` of `size` holds of a row, in the row's order.
+
+    A row of causal attention costs more towards its end, so it is cut into 2 * size equal chunks and rank r holds
+    chunks r and 2 * size - 1 - r, as everywhere in Megatron. One rank holds the row in one span.
+    """
+    if size == 1:
+        return (Span(0, row_tokens),)
+    chunk, rest = divmod(row_tokens, 2 * size)
+    assert rest == 0, f"a row of {row_tokens} tokens cannot be cut into {2 * size} equal chunks"
+    return Span(rank * chunk, chunk), Span((2 * size - 1 - rank) * chunk, chunk)
+
+
+def cut_segments(blocks: Sequence[Block], held: Sequence[Span]) -> tuple[Segment, ...]:
+    """The segments of the tokens in `held` (ascending), one after the other without gaps; padding is in none."""
+    segments: list[Segment] = []
+    offset = 0  # of the span among the held tokens
+    for span in held:
+        for block in blocks:
+            pieces = [(block.prompt, ()), *((response, (block.prompt,)) for response in block.responses)]
+            for own, before in pieces:
+                start, stop = max(own.start, span.start), min(own.stop, span.stop)
+                if start < stop:
+                    queries = Span(offset + start - span.start, stop - start)
+                    segments.append(Segment(queries, (*before, Span(own.start, stop - own.start))))
+        offset += span.length
+    return tuple(segments)

@@ -93,10 +93,9 @@ def _state(
     chunks: list[Any], optimizer: Any, schedule: OptimizerParamScheduler, step: int, *, is_loading: bool
 ) -> dict[str, Any]:
     models = {f"model{i}": unwrap(chunk).sharded_state_dict() for i, chunk in enumerate(chunks)}
-    state = {name: value for model in models.values() for name, value in model.items()}
     return {
         **models,
-        "optimizer": optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=_METADATA),
+        "optimizer": optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=_METADATA),
         "schedule": schedule.state_dict(),
         "step": step,
     }

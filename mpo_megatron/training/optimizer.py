@@ -15,9 +15,9 @@ _DECAY_STYLES = {"CosineAnnealing": "cosine", "Linear": "linear", "Constant": "c
 
 
 def wrap_data_parallel(chunks: list[Any], distributed_optimizer: bool) -> list[Any]:
-    """Megatron's DistributedDataParallel over each model chunk; gradients are kept and summed in float32."""
+    """Megatron's DistributedDataParallel over each model chunk; gradients of bf16 weights are summed in float32."""
     config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=chunks[0].config.params_dtype != torch.float64,
         use_distributed_optimizer=distributed_optimizer,
         check_for_nan_in_grad=False,  # the step checks the loss before, and the gradient norm after, on all ranks alike
     )
@@ -44,6 +44,10 @@ def build_optimizer(chunks: list[Any], optim: OptimConfig, clip: float, dtype: t
     )
     for wrapper in _around_torch_adam(optimizer):
         _complete_adam_state(wrapper)
+        for (
+            group
+        ) in wrapper.optimizer.param_groups:  # one pass over parameters and state, not one for each operation
+            group["fused"], group["foreach"] = True, False
     return optimizer
 
 

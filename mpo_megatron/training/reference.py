@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mpo_megatron.runtime.parallel import ParallelLayout
-from mpo_megatron.training.rows import Positions, RowSource
-from mpo_megatron.training.step import logprob_only, run_schedule
+from mpo_megatron.scheduling.rows import Positions, RowSource
+from mpo_megatron.training.step import response_logps
 
 
 def weights_fingerprint(folder: str | Path) -> list[Any]:
@@ -55,22 +55,19 @@ def reference_logps(
     size = int(source.dataset.response_offsets[-1])
     cached = [path.is_file()]
     dist.broadcast_object_list(cached, src=0)
-    values = torch.zeros(size, dtype=torch.float32, device=layout.device)
     if cached[0]:  # read where it was written: other nodes may not see rank 0's cache
+        values = torch.zeros(size, dtype=torch.float32, device=layout.device)
         if layout.is_main:
             values.copy_(torch.from_numpy(np.load(path)))
         dist.broadcast(values, src=0)
         return values
-    seen = torch.zeros(size, dtype=torch.bool)
     for chunk in chunks:
         chunk.eval()
-    for positions in progress(steps):
-        for kept in run_schedule(chunks, source.step(positions), logprob_only, forward_only=True):
-            if layout.speaks_for_replica:
-                values[kept["response_ids"]] = kept["logps"]
-        for i in positions:
-            seen[source.dataset.response_offsets[i] : source.dataset.response_offsets[i + 1]] = True
-    dist.all_reduce(values)  # every response is on one replica and 0 elsewhere: the sum is exact
+    rows = (source.step(positions) for positions in progress(steps))
+    values = response_logps(chunks, rows, size, layout)
+    seen = torch.zeros(size, dtype=torch.bool)
+    for i in (i for positions in steps for i in positions):
+        seen[source.dataset.response_offsets[i] : source.dataset.response_offsets[i + 1]] = True
     values[~seen.to(layout.device)] = float("nan")
     if layout.is_main:
         path.parent.mkdir(parents=True, exist_ok=True)

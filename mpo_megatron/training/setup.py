@@ -19,8 +19,8 @@ from mpo_megatron.model.architecture import Architecture, check_layout, read_arc
 from mpo_megatron.objectives.registry import Objective
 from mpo_megatron.runtime.device import choose_device
 from mpo_megatron.runtime.parallel import ParallelLayout, initialize, raise_together
-from mpo_megatron.scheduling.plan import in_order, step_groups, steps_per_epoch
-from mpo_megatron.training.rows import RowSource
+from mpo_megatron.scheduling.order import in_order, step_groups, steps_per_epoch
+from mpo_megatron.scheduling.rows import RowSource
 
 DTYPES = {"bf16": torch.bfloat16, "32": torch.float32}
 
@@ -61,6 +61,7 @@ def prepare(config: Config) -> Setup:
         architecture,
         tp=model.tensor_model_parallel_size,
         pp=model.pipeline_model_parallel_size,
+        vpp=model.virtual_pipeline_model_parallel_size or 1,
         max_length=model.data.max_length,
     )
     check_export_path(config)
@@ -75,6 +76,7 @@ def prepare(config: Config) -> Setup:
         device,
         tp=model.tensor_model_parallel_size,
         pp=model.pipeline_model_parallel_size,
+        vpp=model.virtual_pipeline_model_parallel_size or 1,
         cp=model.context_parallel_size,
     )
     _check_devices(config, layout)
@@ -182,23 +184,23 @@ def _on_one_rank_per_node(build: Callable[[], GroupDataset], layout: ParallelLay
     return data
 
 
+def _row_alignment(layout: ParallelLayout) -> int:
+    """Rows are cut into equal parts by sequence parallelism, and by context parallelism into two chunks a rank; kernels
+    like multiples of 8 on a CPU and of 64 on a GPU."""
+    return math.lcm(layout.tp, 64 if layout.device.type == "cuda" else 8) * layout.cp
+
+
 def _rows(
     data: GroupDataset, config: Config, architecture: Architecture, layout: ParallelLayout
 ) -> RowSource:
-    # Sequence parallelism cuts a row into equal parts; kernels like multiples of 8 on a CPU and of 64 on a GPU.
-    alignment = math.lcm(layout.tp, 64 if layout.device.type == "cuda" else 8)
-    if config.model.max_tokens_per_micro_batch < alignment:
-        raise ConfigError(
-            f"model.max_tokens_per_micro_batch={config.model.max_tokens_per_micro_batch} is below {alignment}, "
-            "of which rows are multiples here; raise it"
-        )
     return RowSource(
         data,
         max_tokens=config.model.max_tokens_per_micro_batch,
-        alignment=alignment,
+        alignment=_row_alignment(layout),
         shared_prompt=config.model.pack.shared_prompt,
         cost=architecture.cost_model,
-        data_parallel=layout.dp,
-        data_parallel_rank=layout.dp_rank,
+        data_parallel=(layout.dp, layout.dp_rank),
+        context=(layout.cp, layout.cp_rank),
+        rows_multiple=layout.pp if layout.vpp > 1 else 1,
         device=layout.device,
     )

@@ -3,15 +3,22 @@
 The loss of a row is the sum of its groups' losses, and its count is its number of groups; with
 `calculate_per_token_loss` Megatron sums both over rows and data-parallel ranks and divides the gradient once. So the
 gradient is that of the mean over the groups of the global step, however they are laid out.
+
+A group larger than a row has its responses in several rows, and its loss needs all of them. Such a step runs in two
+passes (`first_pass`): forward only over the rows with parts, to get the log-probs of all responses of the split
+groups and w_i = d loss / d logp_i; then the ordinary pass, in which the loss of a row of parts is sum_i w_i logp_i: by
+the chain rule its gradient is the loss's own. Exact, since both passes compute the same log-probs (no dropout).
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -19,45 +26,143 @@ from mpo_megatron.objectives.metrics import METRICS, group_metrics
 from mpo_megatron.objectives.registry import GroupBatch, Objective
 from mpo_megatron.runtime.parallel import ParallelLayout
 from mpo_megatron.scheduling.pack import PackedRow
-from mpo_megatron.training.rows import StepRows
+from mpo_megatron.scheduling.rows import SplitGroups, StepRows
 
 # What a row gives: from the last stage's output [1, R, 1], (loss to differentiate, count, values to keep).
 RowLoss = Callable[[PackedRow, Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
 
 
-def run_schedule(
-    chunks: list[Any], step: StepRows, row_loss: RowLoss, *, forward_only: bool
-) -> list[dict[str, Tensor]]:
-    """Run a step's rows through Megatron's schedule. Returns what `row_loss` keeps, on the last stage; else nothing."""
+@dataclass(frozen=True)
+class SplitLoss:
+    """What the first pass finds: of the step's split groups, with S responses.
 
-    def forward_step(rows: Iterator[PackedRow], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    Attributes:
+        weights: [S] d (sum of their losses) / d (log-prob).
+        sums: [metrics] sums of METRICS over the groups.
+    """
+
+    weights: Tensor
+    sums: Tensor
+
+
+def forward_step(row_loss: RowLoss) -> Callable[[Iterator[PackedRow], Any], tuple[Tensor, Callable]]:
+    """The `forward_step_func` of Megatron's schedules: the next row through a model chunk, and the loss to put on
+    it.
+    """
+
+    def forward(rows: Iterator[PackedRow], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
         row = next(rows)
         return model(row), partial(row_loss, row)
 
+    return forward
+
+
+def run_schedule(
+    chunks: list[Any],
+    step: StepRows,
+    row_loss: RowLoss,
+    *,
+    forward_only: bool,
+    stop: int | None = None,
+) -> list[dict[str, Tensor]]:
+    """Run a step's rows (the first `stop` of them) through Megatron's schedule.
+
+    Returns what `row_loss` keeps of each row, on the last stage; elsewhere nothing.
+    """
+    iterators = step.iterators(len(chunks), stop)
     # Megatron's schedules leave the graph on in a forward-only pass.
     with torch.no_grad() if forward_only else contextlib.nullcontext():
         return get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(step.rows),
+            forward_step_func=forward_step(row_loss),
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
             model=chunks,
-            num_microbatches=len(step.rows),
+            num_microbatches=len(step.rows[:stop]),
             seq_length=step.row_tokens,
             micro_batch_size=1,
             forward_only=forward_only,
         )
 
 
-def objective_loss(objective: Objective, reference_logps: Tensor) -> RowLoss:
+def first_pass(
+    chunks: list[Any],
+    step: StepRows,
+    objective: Objective,
+    reference_logps: Tensor,
+    layout: ParallelLayout,
+) -> SplitLoss | None:
+    """The loss of the step's split groups and its derivatives; None where no group is split.
+
+    Every rank calls it. The parts of a group may lie on different data-parallel ranks; their log-probs are put
+    together.
+
+    Returns:
+        The same on every rank of the last pipeline stage; None on the other stages, which compute no loss.
+    """
+    if step.split is None:
+        return None
+    kept = run_schedule(chunks, step, logprob_only, forward_only=True, stop=step.first_pass)
+    return _split_loss(step, kept, objective, reference_logps, layout)
+
+
+def _split_loss(
+    step: StepRows,
+    kept: list[dict[str, Tensor]],
+    objective: Objective,
+    reference_logps: Tensor,
+    layout: ParallelLayout,
+) -> SplitLoss | None:
+    """Put the log-probs that forward-only passes have kept of rows with parts together, over the replicas."""
+    if step.split is None or not layout.is_last_stage:
+        return None
+    found = [
+        (row.split_slots, values["logps"])
+        for row, values in zip(step.rows, kept, strict=False)
+        if row.split_slots is not None
+    ]
+    # Each response is on one data-parallel rank and 0 on the others, so the sum is exact.
+    logps = torch.zeros(step.split.lengths.numel(), dtype=reference_logps.dtype, device=layout.device)
+    for slots, values in found:
+        logps[slots] = values
+    dist.all_reduce(logps, group=parallel_state.get_data_parallel_group())
+    return split_loss(logps, step.split, objective, reference_logps)
+
+
+def split_loss(logps: Tensor, split: SplitGroups, objective: Objective, reference_logps: Tensor) -> SplitLoss:
+    """Loss weights and metrics of whole groups from the log-probs [S] of their responses, by autograd."""
+    with torch.enable_grad():
+        batch = GroupBatch(
+            policy_logps=logps.detach().requires_grad_(),
+            reference_logps=reference_logps[split.response_ids],
+            lengths=split.lengths,
+            scores=split.scores,
+            preferred=split.preferred,
+            group_index=split.group_index,
+            num_groups=split.num_groups,
+        )
+        result = objective(batch)
+        (weights,) = torch.autograd.grad(result.losses.sum(), batch.policy_logps)
+    return SplitLoss(weights, group_metrics(batch, result).sum(1))
+
+
+def objective_loss(objective: Objective, reference_logps: Tensor, split: SplitLoss | None = None) -> RowLoss:
     """The row loss of an objective.
 
     Args:
         objective: with its hyper-parameters bound.
         reference_logps: [responses of the data set] float32, by the responses' numbers.
+        split: what `first_pass` gave for this step; without it, rows of parts give their log-probs and no gradient.
     """
 
     def loss(row: PackedRow, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        count = torch.tensor(row.counted_groups, dtype=torch.int, device=output.device)
+        logps = output.reshape(-1)
+        if row.split_slots is not None:
+            if split is None:
+                assert not torch.is_grad_enabled(), "training on a row of parts needs what first_pass gives"
+                return logps.sum() * 0, count, {"logps": logps}
+            return (split.weights[row.split_slots] * logps).sum(), count, {}
         batch = GroupBatch(
-            policy_logps=output.reshape(-1),
+            policy_logps=logps,
             reference_logps=reference_logps[row.response_ids],
             lengths=row.lengths,
             scores=row.scores,
@@ -66,7 +171,6 @@ def objective_loss(objective: Objective, reference_logps: Tensor) -> RowLoss:
             num_groups=row.num_groups,
         )
         result = objective(batch)
-        count = torch.tensor(row.num_groups, dtype=torch.int, device=output.device)
         return result.losses.sum(), count, {"sums": group_metrics(batch, result).sum(1)}
 
     return loss
@@ -79,11 +183,63 @@ def logprob_only(row: PackedRow, output: Tensor) -> tuple[Tensor, Tensor, dict[s
     return output.sum() * 0, count, {"response_ids": row.response_ids, "logps": logps}
 
 
-def mean_metrics(kept: list[dict[str, Tensor]], groups: int, layout: ParallelLayout) -> dict[str, float]:
-    """Mean of each of METRICS over the global step's groups, the same on all ranks: one reduction, one transfer."""
+def response_logps(chunks: list[Any], steps: Iterable[StepRows], size: int, layout: ParallelLayout) -> Tensor:
+    """Log-probs of the steps' responses under the chunks' present weights, the same on all ranks. Every rank calls it.
+
+    Returns:
+        [size] by the responses' numbers in the data set of `size` responses, 0 for those that are in no step;
+        float32, or float64 for a float64 model.
+    """
+    dtype = torch.promote_types(next(chunks[0].parameters()).dtype, torch.float32)
+    values = torch.zeros(size, dtype=dtype, device=layout.device)
+    for step in steps:
+        for kept in run_schedule(chunks, step, logprob_only, forward_only=True):
+            if layout.speaks_for_replica:
+                values[kept["response_ids"]] = kept["logps"]
+    dist.all_reduce(values)  # every response is on one replica and 0 elsewhere: the sum is exact
+    return values
+
+
+def objective_pass(
+    chunks: list[Any],
+    step: StepRows,
+    objective: Objective,
+    reference_logps: Tensor,
+    layout: ParallelLayout,
+    *,
+    forward_only: bool,
+) -> dict[str, float]:
+    """Forward (and backward) of a whole step; gradients stay in the parameters' main_grad. Every rank calls it.
+
+    Returns:
+        Mean of each of METRICS over the global step's groups, the same on all ranks.
+    """
+    if forward_only:
+        row_loss = objective_loss(objective, reference_logps)
+        kept = run_schedule(chunks, step, row_loss, forward_only=True)
+        split = _split_loss(step, kept, objective, reference_logps, layout)
+    else:
+        split = first_pass(chunks, step, objective, reference_logps, layout)
+        row_loss = objective_loss(objective, reference_logps, split)
+        kept = run_schedule(chunks, step, row_loss, forward_only=False)
+    return mean_metrics(kept, split, step, layout)
+
+
+def mean_metrics(
+    kept: list[dict[str, Tensor]], split: SplitLoss | None, step: StepRows, layout: ParallelLayout
+) -> dict[str, float]:
+    """Mean of each of METRICS over the global step's groups, the same on all ranks: one reduction, one transfer.
+
+    Args:
+        kept: what the schedule returned with `objective_loss`.
+        split: what `first_pass` returned.
+    """
     sums = torch.zeros(len(METRICS), dtype=torch.float64, device=layout.device)
     if layout.speaks_for_replica:
         for values in kept:
-            sums += values["sums"]
+            if "sums" in values:
+                sums += values["sums"]
+        if split is not None and layout.dp_rank == 0:  # every replica has the same
+            sums += split.sums
     dist.all_reduce(sums)
-    return dict(zip(METRICS, (sums / max(groups, 1)).tolist(), strict=True))
+    return dict(zip(METRICS, (sums / max(step.groups, 1)).tolist(), strict=True))

@@ -22,14 +22,14 @@ from mpo_megatron.errors import CheckpointError, UserError
 from mpo_megatron.model.attention import choose_backend
 from mpo_megatron.model.provider import ModelOptions, build_model, unwrap, uses_transformer_engine
 from mpo_megatron.runtime.parallel import raise_together, shutdown
+from mpo_megatron.scheduling.rows import StepRows
 from mpo_megatron.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from mpo_megatron.training.experiment import CHECKPOINTS, Experiment, start_experiment
 from mpo_megatron.training.optimizer import build_optimizer, build_schedule, wrap_data_parallel
 from mpo_megatron.training.reference import cache_path, reference_logps, weights_fingerprint
 from mpo_megatron.training.report import TrainingBar, before_after, plot_run, progress, say
-from mpo_megatron.training.rows import StepRows
 from mpo_megatron.training.setup import Setup, Split, prepare
-from mpo_megatron.training.step import mean_metrics, objective_loss, run_schedule
+from mpo_megatron.training.step import objective_pass
 
 IDENTITY_FILE = "run.json"
 
@@ -149,7 +149,10 @@ def _introduce(setup: Setup, folder: str) -> None:
     ]
     if setup.validation:
         lines.append(f"validation  {setup.validation.dataset.report}")
+    split = setup.train.source.count_split()
     lines += [
+        f"rows        at most {model.max_tokens_per_micro_batch} tokens; "
+        + (f"{split} groups are larger and run in two passes" if split else "every group fits one"),
         f"steps       {steps} of {model.global_batch_size} groups ({steps / per_epoch:.2g} epochs)",
         f"results in  {folder}",
     ]
@@ -243,9 +246,8 @@ def train_step(job: Job, step: int) -> dict[str, float]:
         chunk.train()
         chunk.zero_grad_buffer()
     job.optimizer.zero_grad()
-    row_loss = objective_loss(setup.objective, job.references["train"])
-    kept = run_schedule(job.chunks, rows, row_loss, forward_only=False)
-    values = mean_metrics(kept, rows.groups, setup.layout)
+    references = job.references["train"]
+    values = objective_pass(job.chunks, rows, setup.objective, references, setup.layout, forward_only=False)
     _check_finite("loss", values["loss"], step, setup, rows)
     values["lr"] = job.optimizer.param_groups[0]["lr"]
     _, values["grad_norm"], _ = job.optimizer.step()
@@ -257,6 +259,7 @@ def train_step(job: Job, step: int) -> dict[str, float]:
         "tokens_per_second": rows.tokens / seconds,
         "rows": len(rows.rows) * setup.layout.dp,
         "row_tokens": rows.row_tokens,
+        "split_groups": rows.split.num_groups if rows.split else 0,
         "seconds": seconds,
     }
 
@@ -275,15 +278,17 @@ def validate(job: Job, step: int) -> None:
     split, layout = job.setup.validation, job.setup.layout
     if split is None:
         return
-    row_loss = objective_loss(job.setup.objective, job.references["validation"])
+    references = job.references["validation"]
     for chunk in job.chunks:
         chunk.eval()
-    kept, groups = [], 0
+    sums: dict[str, float] = {}
+    groups = 0
     for positions in progress("validation", "step", layout.is_main)(split.steps):
         rows = split.source.step(positions)
-        kept += run_schedule(job.chunks, rows, row_loss, forward_only=True)
+        values = objective_pass(job.chunks, rows, job.setup.objective, references, layout, forward_only=True)
+        sums = {name: sums.get(name, 0.0) + value * rows.groups for name, value in values.items()}
         groups += rows.groups
-    job.log(step, "validation", mean_metrics(kept, groups, layout))
+    job.log(step, "validation", {name: value / groups for name, value in sums.items()})
 
 
 def save(job: Job, step: int) -> None:
@@ -307,8 +312,10 @@ def finish(job: Job) -> None:
     output = config.model.export_path
     target = job.folder / "hf" if output is None else Path(output).expanduser()
     if output != "":
-        model = unwrap(job.chunks[0])
-        export_hf(model, job.setup.architecture, layout, source=config.model.restore_from_path, output=target)
+        models = [unwrap(chunk) for chunk in job.chunks]
+        export_hf(
+            models, job.setup.architecture, layout, source=config.model.restore_from_path, output=target
+        )
     if job.experiment is None:
         return
     job.experiment.close()

@@ -7,19 +7,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from mpo_megatron import objectives
 from mpo_megatron.config import OptimConfig, SchedConfig
 from mpo_megatron.conversion.export import export_hf
 from mpo_megatron.conversion.load import global_parameter_names, load_hf_weights
+from mpo_megatron.data import GroupList
 from mpo_megatron.model.architecture import Architecture, read_architecture
 from mpo_megatron.model.provider import ModelOptions, build_model, unwrap
+from mpo_megatron.objectives.registry import GroupBatch, Objective, ObjectiveResult, segment_mean
 from mpo_megatron.runtime.device import choose_device
 from mpo_megatron.runtime.parallel import ParallelLayout, initialize
+from mpo_megatron.scheduling.rows import RowSource
 from mpo_megatron.training.optimizer import build_optimizer, build_schedule, wrap_data_parallel
-from mpo_megatron.training.rows import RowSource
-from mpo_megatron.training.step import logprob_only, mean_metrics, objective_loss, run_schedule
-from tests.helpers.models import GroupsInMemory, make_groups
+from mpo_megatron.training.step import objective_pass, response_logps
+from tests.helpers.models import make_groups
 
 
 @dataclass(frozen=True)
@@ -28,10 +31,13 @@ class Layout:
 
     tp: int = 1
     pp: int = 1
+    vpp: int = 1
+    cp: int = 1
     distributed_optimizer: bool = False
     options: dict[str, Any] = field(default_factory=dict)  # of ModelOptions
     shared_prompt: bool = True
     max_tokens: int = 256
+    precision: torch.dtype = torch.float32
 
 
 @dataclass
@@ -46,28 +52,37 @@ class Model:
     source: RowSource
 
 
-def build(folder: Path, sizes: list[int], wanted: Layout, lr: float = 1e-3) -> Model:
-    """The model of `folder` at a layout, over random groups of the given sizes (the same on every rank)."""
+def build(folder: Path, sizes: list[int], wanted: Layout, lr: float = 1e-3, seed: int = 0) -> Model:
+    """The model of `folder` at a layout, over random groups of the given sizes and seed (the same on every rank)."""
     from megatron.core import tensor_parallel
 
-    layout = initialize(choose_device("cpu"), tp=wanted.tp, pp=wanted.pp)
+    layout = initialize(choose_device("cpu"), tp=wanted.tp, pp=wanted.pp, vpp=wanted.vpp, cp=wanted.cp)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     architecture = read_architecture(folder)
-    options = ModelOptions(**{"sequence_parallel": wanted.tp > 1, "head_chunk_size": 7, **wanted.options})
+    options = ModelOptions(
+        **{
+            "dtype": wanted.precision,
+            "sequence_parallel": wanted.tp > 1,
+            "head_chunk_size": 7,
+            **wanted.options,
+        }
+    )
     chunks = build_model(architecture, layout, options)
     for chunk in chunks:
         load_hf_weights(unwrap(chunk), architecture, layout, folder)
     chunks = wrap_data_parallel(chunks, wanted.distributed_optimizer)
     optim = OptimConfig(lr=lr, distributed=wanted.distributed_optimizer, sched=SchedConfig(warmup_ratio=0.0))
-    optimizer = build_optimizer(chunks, optim, 1.0, options.dtype)
+    clip = 0.0 if options.dtype == torch.float64 else 1.0  # Megatron clips float32 gradients alone
+    optimizer = build_optimizer(chunks, optim, clip, options.dtype)
     source = RowSource(
-        GroupsInMemory(make_groups(sizes, architecture.vocab_size)),  # type: ignore[arg-type]
+        GroupList(make_groups(sizes, architecture.vocab_size, seed=seed)),
         max_tokens=wanted.max_tokens,
-        alignment=8,
+        alignment=8 * layout.cp,
         shared_prompt=wanted.shared_prompt,
         cost=architecture.cost_model,
-        data_parallel=layout.dp,
-        data_parallel_rank=layout.dp_rank,
+        data_parallel=(layout.dp, layout.dp_rank),
+        context=(layout.cp, layout.cp_rank),
+        rows_multiple=layout.pp if layout.vpp > 1 else 1,
         device=layout.device,
     )
     return Model(architecture, layout, chunks, optimizer, build_schedule(optimizer, optim, 10), source)
@@ -76,12 +91,24 @@ def build(folder: Path, sizes: list[int], wanted: Layout, lr: float = 1e-3) -> M
 def logps(model: Model) -> torch.Tensor:
     """[R] log-probs of all responses of the data, the same on all ranks."""
     rows = model.source.step(range(len(model.source.dataset)))
-    values = torch.zeros(int(model.source.dataset.response_offsets[-1]))
-    for kept in run_schedule(model.chunks, rows, logprob_only, forward_only=True):
-        if model.layout.speaks_for_replica:
-            values[kept["response_ids"]] = kept["logps"]
-    dist.all_reduce(values)
-    return values
+    size = int(model.source.dataset.response_offsets[-1])
+    return response_logps(model.chunks, [rows], size, model.layout)
+
+
+def cross_pairs(batch: GroupBatch, beta: float, **hyper_parameters: Any) -> ObjectiveResult:
+    """A pairwise objective: DPO's loss, the mean over a group's (preferred, dispreferred) pairs."""
+    rewards = beta * (batch.policy_logps - batch.reference_logps)
+    same = batch.group_index[:, None] == batch.group_index[None]
+    better, worse = torch.where(batch.preferred[:, None] & ~batch.preferred[None] & same)
+    losses = torch.nn.functional.softplus(rewards[worse] - rewards[better])
+    return ObjectiveResult(
+        segment_mean(losses, batch.group_index[better], batch.num_groups), rewards.detach()
+    )
+
+
+def objective_named(name: str) -> Objective:
+    function = cross_pairs if name == "cross_pairs" else objectives.get(name)
+    return partial(function, beta=0.1, alpha=0.3, weighting="absolute")
 
 
 def gradients(model: Model, reference: torch.Tensor, objective: str) -> dict[str, float]:
@@ -90,54 +117,119 @@ def gradients(model: Model, reference: torch.Tensor, objective: str) -> dict[str
     for chunk in model.chunks:
         chunk.zero_grad_buffer()
     model.optimizer.zero_grad()
-    loss = objective_loss(
-        partial(objectives.get(objective), beta=0.1, alpha=0.3, weighting="absolute"), reference
+    return objective_pass(
+        model.chunks, rows, objective_named(objective), reference, model.layout, forward_only=False
     )
-    kept = run_schedule(model.chunks, rows, loss, forward_only=False)
-    return mean_metrics(kept, rows.groups, model.layout)
 
 
-def step_and_gradients(
-    folder: Path, sizes: list[int], wanted: Layout, objective: str, output: Path
+def evaluate(model: Model, reference: torch.Tensor, objective: str) -> dict[str, float]:
+    """The same forward only, as a validation does."""
+    rows = model.source.step(range(len(model.source.dataset)))
+    return objective_pass(
+        model.chunks, rows, objective_named(objective), reference, model.layout, forward_only=True
+    )
+
+
+def steps_and_gradients(
+    folder: Path,
+    sizes: list[int],
+    seed: int,
+    wanted: Layout,
+    budgets: dict[str, int],
+    names: list[str],
+    output: Path,
 ) -> dict[str, Any]:
-    """One training step. The gradients go to `output` as a Hugging Face folder, under Hugging Face's names.
+    """Steps without an update for every budget and objective, and an update after the last.
 
-    Returns the metrics, the log-probs before the step, the gradient norm, and the largest absolute value in the
-    gradient of the vocabulary's padding.
+    Args:
+        sizes: responses of each group.
+        seed: of the groups.
+        budgets: tokens of a row, by name.
+        names: of the objectives.
+        output: the gradients go to `output/<budget>-<objective>` as Hugging Face folders, under their names there.
+
+    Returns:
+        `logps`, `split` (groups in more than one part) and `evaluated` (the first objective's metrics, forward only) by
+        budget; `metrics` and `norm` by "<budget>-<objective>"; `padding`, the largest absolute value in the gradient of
+        the vocabulary's padding; and `after`, the log-probs after the update.
     """
-    model = build(folder, sizes, wanted)
-    before = logps(model)
-    metrics = gradients(model, before + torch.linspace(-3, 3, len(before)), objective)
-    inner = unwrap(model.chunks[0])
-    padding = _largest_padding_gradient(model)
-    weights = {name: p.detach().clone() for name, p in inner.named_parameters()}
-    if not wanted.distributed_optimizer:
-        for parameter in inner.parameters():
-            parameter.data.copy_(parameter.main_grad)
-        export_hf(inner, model.architecture, model.layout, source=folder, output=output)
-        for name, parameter in inner.named_parameters():
-            parameter.data.copy_(weights[name])
-    _, norm, _ = model.optimizer.step()
-    after = logps(model)
-    return {"metrics": metrics, "logps": before, "norm": norm, "padding": padding, "after": after}
+    model = build(folder, sizes, wanted, seed=seed)
+    inner = [unwrap(chunk) for chunk in model.chunks]
+    parameters = [parameter for one in inner for parameter in one.parameters()]
+    found: dict[str, Any] = {key: {} for key in ("logps", "split", "metrics", "evaluated", "norm")}
+    found["padding"] = 0.0
+    for budget, max_tokens in budgets.items():
+        model.source.max_tokens = max_tokens
+        before = logps(model)
+        reference = before + torch.linspace(-3, 3, len(before))
+        found["logps"][budget] = before
+        found["evaluated"][budget] = evaluate(model, reference, names[0])
+        found["split"][budget] = len(model.source.plan(range(len(sizes))).split)
+        for name in names:
+            key = f"{budget}-{name}"
+            found["metrics"][key] = gradients(model, reference, name)
+            model.optimizer.prepare_grads()
+            found["norm"][key] = gradient_norm(model)
+            if wanted.distributed_optimizer:
+                _gather_gradient_shards(model)
+            found["padding"] = max(found["padding"], _largest_padding_gradient(model))
+            weights = [parameter.detach().clone() for parameter in parameters]
+            for parameter in parameters:
+                parameter.data.copy_(parameter.main_grad)
+            export_hf(inner, model.architecture, model.layout, source=folder, output=output / key)
+            for parameter, weight in zip(parameters, weights, strict=True):
+                parameter.data.copy_(weight)
+    gradients(model, reference, names[-1])
+    model.optimizer.step()
+    found["after"] = logps(model)
+    return found
+
+
+def gradient_norm(model: Model) -> float:
+    """Norm of the gradient that Megatron counts: each parameter once over all ranks.
+
+    Megatron adds the squares up in float32; here they are added up in float64, and Megatron's own sum has to agree to
+    what float32 holds.
+    """
+    square = torch.zeros((), dtype=torch.float64)
+    for optimizer in getattr(model.optimizer, "chained_optimizers", [model.optimizer]):
+        square += sum(
+            gradient.double().square().sum() for gradient in optimizer.get_main_grads_for_grad_norm()
+        )
+    dist.all_reduce(square, group=model.optimizer.get_grad_stats_parallel_group())
+    norm = float(square.sqrt())
+    assert abs(float(model.optimizer.get_grad_norm()) - norm) <= 1e-5 * norm
+    return norm
+
+
+def _gather_gradient_shards(model: Model) -> None:
+    """Put the sums that the distributed optimizer leaves on one data-parallel rank each into every rank's main_grad."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    for chunk in model.chunks:
+        for buffer in chunk.buffers:
+            for bucket in buffer.buckets:
+                shards = bucket.grad_data.view(size, -1)
+                dist.all_gather(list(shards.unbind()), shards[rank].clone(), group=group)
 
 
 def _largest_padding_gradient(model: Model) -> float:
     vocab, rank = model.architecture.vocab_size, model.layout.tp_rank
     largest = 0.0
-    named: dict[str, Any] = dict(global_parameter_names(unwrap(model.chunks[0])))
-    for name, parameter in named.items():
-        if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
-            real = max(0, vocab - rank * parameter.size(0))
-            if real < parameter.size(0):
-                largest = max(largest, parameter.main_grad[real:].abs().max().item())
+    for chunk in model.chunks:
+        named: dict[str, Any] = dict(global_parameter_names(unwrap(chunk)))
+        for name, parameter in named.items():
+            if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+                real = max(0, vocab - rank * parameter.size(0))
+                if real < parameter.size(0):
+                    largest = max(largest, parameter.main_grad[real:].abs().max().item())
     return largest
 
 
 def export(folder: Path, wanted: Layout, output: Path, max_shard_bytes: int = 10**9) -> None:
     """Load a Hugging Face folder at a layout and export it again."""
     model = build(folder, [2], wanted)
-    inner = unwrap(model.chunks[0])
+    inner = [unwrap(chunk) for chunk in model.chunks]
     export_hf(
         inner, model.architecture, model.layout, source=folder, output=output, max_shard_bytes=max_shard_bytes
     )
@@ -150,7 +242,7 @@ def train_and_export(folder: Path, sizes: list[int], wanted: Layout, output: Pat
     for _ in range(2):
         gradients(model, reference, "wmpo")
         model.optimizer.step()
-    inner = unwrap(model.chunks[0])
+    inner = [unwrap(chunk) for chunk in model.chunks]
     export_hf(inner, model.architecture, model.layout, source=folder, output=output)
     return logps(model)
 
@@ -166,5 +258,5 @@ def smollm2_logps(folder: Path, data: Path, groups: int, shared_prompt: bool, ca
     model = build(
         folder, [2], Layout(shared_prompt=shared_prompt, max_tokens=2048, options={"head_chunk_size": 256})
     )
-    model.source.dataset = GroupsInMemory([dataset.group(i) for i in range(groups)])  # type: ignore[assignment]
+    model.source.dataset = GroupList([dataset.group(i) for i in range(groups)])
     return logps(model)

@@ -63,6 +63,8 @@ def unbroken(folder: Path, ranks: Any) -> tuple[torch.Tensor, float]:
         ((2, Layout(pp=2)), (1, Layout())),
         ((4, Layout(tp=2, distributed_optimizer=True)), (2, Layout(distributed_optimizer=True))),
         ((1, Layout()), (4, Layout(tp=2, pp=2))),
+        ((2, Layout(pp=2, vpp=2)), (2, Layout(cp=2))),
+        ((2, Layout(cp=2, distributed_optimizer=True)), (4, Layout(pp=2, vpp=2, distributed_optimizer=True))),
     ],
 )
 def test_resume_goes_on_as_if_unbroken(
@@ -80,7 +82,7 @@ def test_resume_goes_on_as_if_unbroken(
 
 
 def test_bfloat16_keeps_its_master_weights(folder: Path, ranks: Any, tmp_path: Path) -> None:
-    layout = Layout(options={"dtype": torch.bfloat16}, distributed_optimizer=True)
+    layout = Layout(precision=torch.bfloat16, distributed_optimizer=True)
     ((straight, _), _) = ranks(2).run(train, folder, layout, 4, None, None)
     ranks(2).run(train, folder, layout, 2, None, tmp_path)
     ((resumed, _), _) = ranks(2).run(train, folder, layout, 2, tmp_path, None)

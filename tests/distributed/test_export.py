@@ -23,7 +23,15 @@ LLAMA3_ROPE = {
 
 
 @pytest.mark.parametrize(
-    ("world", "layout"), [(1, Layout()), (2, Layout(tp=2)), (2, Layout(pp=2)), (4, Layout(tp=2, pp=2))]
+    ("world", "layout"),
+    [
+        (1, Layout()),
+        (2, Layout(tp=2)),
+        (2, Layout(pp=2)),
+        (4, Layout(tp=2, pp=2)),
+        (2, Layout(pp=2, vpp=2)),
+        (2, Layout(cp=2)),
+    ],
 )
 @pytest.mark.parametrize("tied", [True, False])
 def test_round_trip_is_bit_identical(
@@ -62,7 +70,7 @@ def test_shards_and_replacement_of_an_older_folder(ranks: Any, tmp_path: Path) -
 
 def test_sharded_bfloat16_source(ranks: Any, tmp_path: Path) -> None:
     source = make_llama(tmp_path / "source", dtype=torch.bfloat16)
-    ranks(2).run(export, source, Layout(tp=2, options={"dtype": torch.bfloat16}), tmp_path / "out")
+    ranks(2).run(export, source, Layout(tp=2, precision=torch.bfloat16), tmp_path / "out")
     before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert all(
         after[name].dtype == torch.bfloat16 and torch.equal(before[name], after[name]) for name in before

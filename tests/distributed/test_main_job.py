@@ -97,8 +97,10 @@ def one_rank(inputs: dict[str, Path], ranks: Any, tmp_path_factory: pytest.TempP
         (2, []),
         (2, ["model.tensor_model_parallel_size=2"]),
         (4, ["model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2"]),
+        (2, ["model.pipeline_model_parallel_size=2", "model.virtual_pipeline_model_parallel_size=2"]),
+        (4, ["model.context_parallel_size=2"]),
     ],
-    ids=["pp2", "dp2", "tp2", "tp2-pp2"],
+    ids=["pp2", "dp2", "tp2", "tp2-pp2", "pp2-vpp2", "cp2-dp2"],
 )
 def test_layouts_train_alike(
     world: int, more: list[str], inputs: dict[str, Path], one_rank: Path, ranks: Any, tmp_path: Path
@@ -119,6 +121,23 @@ def test_layouts_train_alike(
         for f in (tmp_path, one_rank)
     ]
     torch.testing.assert_close(*logits, rtol=1e-2, atol=1e-2)
+
+
+def test_groups_larger_than_a_row_train_as_whole_ones(
+    inputs: dict[str, Path], one_rank: Path, ranks: Any, tmp_path: Path
+) -> None:
+    """Rows too short for some groups: the same losses, margins that start at exactly 0, and the log says how many."""
+    assert ranks(2).run(
+        job, arguments(inputs, tmp_path, "model.max_tokens_per_micro_batch=48"), timeout=240
+    ) == ["", ""]
+    ours, theirs = metrics(tmp_path), metrics(one_rank)
+    assert ours[0]["split_groups"] >= 3
+    assert theirs[0]["split_groups"] == 0
+    assert ours[0]["reward_margin"] == 0.0
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-3)
+    for a, b in zip(metrics(tmp_path, "validation"), metrics(one_rank, "validation"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-3)
 
 
 @pytest.mark.parametrize("shared", ["true", "false"])

@@ -72,19 +72,3 @@ def hugging_face_logps(
                 first = len(group.prompt_ids)
                 found.append(logps[first - 1 : -1].gather(1, ids[0, first:, None]).sum())
     return torch.stack(found).float()
-
-
-class GroupsInMemory:
-    """Groups with what RowSource asks of a GroupDataset, without files."""
-
-    def __init__(self, groups: Sequence[TokenizedGroup]) -> None:
-        self._groups = list(groups)
-        self.prompt_lengths = np.array([len(g.prompt_ids) for g in groups])
-        self.response_offsets = np.cumsum([0, *(len(g.response_ids) for g in groups)])
-        self.response_lengths = np.array([len(r) for g in groups for r in g.response_ids])
-
-    def __len__(self) -> int:
-        return len(self._groups)
-
-    def group(self, index: int) -> TokenizedGroup:
-        return self._groups[index]

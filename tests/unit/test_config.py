@@ -63,7 +63,11 @@ def test_sequence_parallelism_comes_with_tensor_parallelism() -> None:
         ("trainer.max_steps=0", "trainer.max_steps=0 must be 1 or more"),
         ("trainer.precision=fp8", "trainer.precision=fp8 is not known; choose one of bf16, 32"),
         ("trainer.val_check_interval=2.5", "must be a whole number of steps"),
-        ("model.context_parallel_size=2", "model.context_parallel_size=2 is not supported yet"),
+        (
+            "model.virtual_pipeline_model_parallel_size=2",
+            "virtual_pipeline_model_parallel_size=2 interleaves the stages of a pipeline and needs",
+        ),
+        ("model.context_parallel_size=0", "model.context_parallel_size=0 must be 1 or more"),
         ("model.sequence_parallel=true", "needs tensor_model_parallel_size > 1"),
         ("model.data.max_length=100", "leaves no room for a response"),
         ("model.data.train=???", "model.data.train has no value"),

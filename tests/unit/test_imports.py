@@ -35,6 +35,9 @@ DOES_WITHOUT = {
     "mpo_megatron/data": {"torch", "megatron"},
     "mpo_megatron/scheduling/layout.py": {"torch", "megatron"},
     "mpo_megatron/scheduling/plan.py": {"torch", "megatron"},
+    "mpo_megatron/scheduling/balance.py": {"torch", "megatron"},
+    "mpo_megatron/scheduling/order.py": {"torch", "megatron"},
+    "mpo_megatron/scheduling": {"megatron"},
     "mpo_megatron/objectives": {"megatron"},
     "mpo_megatron/rollout": {"megatron"},
 }

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from mpo_megatron.errors import ConfigError
-from mpo_megatron.model.attention import choose_backend, sdpa, varlen
+from mpo_megatron.model.attention import Backend, choose_backend, sdpa, varlen
 from mpo_megatron.model.segments import RowParams
 from mpo_megatron.scheduling.pack import pack_row
 from tests.helpers.models import make_groups
@@ -13,11 +13,13 @@ from tests.helpers.models import make_groups
 HEADS, KV_HEADS, SIZE = 6, 2, 8
 
 
-def params(shared_prompt: bool = True) -> RowParams:
+TOKENS = 320
+
+
+def params(shared_prompt: bool = True, context: tuple[int, int] = (1, 0)) -> RowParams:
     groups = make_groups([3, 2, 5], 50)
-    return RowParams(
-        pack_row(groups, [range(3), range(3, 5), range(5, 10)], row_tokens=320, shared_prompt=shared_prompt)
-    )
+    ids = [range(3), range(3, 5), range(5, 10)]
+    return RowParams(pack_row(groups, ids, row_tokens=TOKENS, shared_prompt=shared_prompt, context=context))
 
 
 def inputs(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,10 +33,15 @@ def dense(q: Tensor, k: Tensor, v: Tensor, row: RowParams) -> Tensor:
     used = row.row.used_tokens
     owner = torch.full((used,), -1)
     prompt_of = torch.full((used,), -1)
-    for number, segment in enumerate(row.segments):
-        owner[segment.own.start : segment.own.stop] = number
-        if segment.prompt is not None:
-            prompt_of[segment.own.start : segment.own.stop] = owner[segment.prompt.start]
+    number = 0
+    for block in row.row.blocks:
+        prompt = number
+        owner[block.prompt.start : block.prompt.stop] = prompt
+        for response in block.responses:
+            number += 1
+            owner[response.start : response.stop] = number
+            prompt_of[response.start : response.stop] = prompt
+        number += 1
     seen = (owner[:, None] == owner[None]) | (prompt_of[:, None] == owner[None])
     seen &= torch.ones(used, used).tril().bool()
     k, v = (t[:used].repeat_interleave(HEADS // KV_HEADS, 1) for t in (k, v))
@@ -63,11 +70,14 @@ def per_segment_kernel(
     return torch.cat(outputs)
 
 
-@pytest.mark.parametrize("backend", [sdpa, varlen(per_segment_kernel)], ids=["sdpa", "varlen"])
+BACKENDS = pytest.mark.parametrize("backend", [sdpa, varlen(per_segment_kernel)], ids=["sdpa", "varlen"])
+
+
+@BACKENDS
 @pytest.mark.parametrize("shared_prompt", [True, False])
-def test_backends_compute_the_definition(backend, shared_prompt: bool) -> None:
+def test_backends_compute_the_definition(backend: Backend, shared_prompt: bool) -> None:
     row = params(shared_prompt)
-    ours, theirs = inputs(320), inputs(320)
+    ours, theirs = inputs(TOKENS), inputs(TOKENS)
     out, wanted = backend(*ours, row), dense(*theirs, row)
     torch.testing.assert_close(out, wanted, rtol=1e-10, atol=1e-12)
     weights = torch.randn_like(wanted)
@@ -77,6 +87,23 @@ def test_backends_compute_the_definition(backend, shared_prompt: bool) -> None:
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-11)
         assert a.grad is not None
         assert a.grad.abs().sum() > 0
+
+
+@BACKENDS
+@pytest.mark.parametrize("size", [2, 4, 5])
+def test_context_parallel_ranks_compute_their_parts(backend: Backend, size: int) -> None:
+    """Each rank's queries against the keys of the whole row give the whole row's outputs, cut as the row is."""
+    q, k, v = inputs(TOKENS)
+    whole = sdpa(q, k, v, params())
+    places = []
+    for rank in range(size):
+        row = params(context=(size, rank))
+        mine = torch.cat([torch.arange(span.start, span.stop) for span in row.row.held])
+        out = backend(q[mine], k, v, row)
+        used = mine[: row.row.used_tokens]
+        torch.testing.assert_close(out, whole[used], rtol=1e-10, atol=1e-12)
+        places.append(used)
+    assert torch.cat(places).sort().values.tolist() == list(range(len(whole)))
 
 
 def test_the_choice_on_a_cpu_is_sdpa_and_others_are_refused() -> None:

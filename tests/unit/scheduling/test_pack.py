@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpo_megatron.data import TokenizedGroup
-from mpo_megatron.scheduling.layout import GroupLengths, Span, lay_out
+from mpo_megatron.scheduling.layout import (
+    GroupLengths,
+    Segment,
+    Span,
+    context_spans,
+    cut_segments,
+    lay_out,
+)
 from mpo_megatron.scheduling.pack import pack_row
 from tests.helpers.models import make_groups
 
@@ -47,6 +54,62 @@ def test_row_of_padding() -> None:
     row = pack_row([], [], row_tokens=4, shared_prompt=True)
     assert row.tokens.tolist() == [0] * 4
     assert (row.num_groups, row.num_responses, row.used_tokens, row.targets.numel()) == (0, 0, 0, 0)
+
+
+def test_context_parallel_row_by_hand() -> None:
+    """Rank 0 of 2 holds the first and last quarter of the row, rank 1 the middle; each predicts from what it holds."""
+    rows = [
+        pack_row([group()], [[7, 8]], row_tokens=8, shared_prompt=True, context=(2, rank)) for rank in (0, 1)
+    ]
+    assert [row.tokens.tolist() for row in rows] == [[10, 11, 0, 0], [12, 20, 21, 30]]
+    assert [row.position_ids.tolist() for row in rows] == [[0, 1, 0, 0], [2, 3, 4, 3]]
+    assert [row.used_tokens for row in rows] == [2, 4]
+    assert [row.predict_from.tolist() for row in rows] == [[], [0, 1, 0]]
+    assert [row.targets.tolist() for row in rows] == [[], [20, 21, 30]]
+    assert [row.target_response.tolist() for row in rows] == [[], [0, 0, 1]]
+    for row in rows:  # what the loss needs is on both
+        assert (row.num_responses, row.lengths.tolist(), row.response_ids.tolist()) == (2, [2, 1], [7, 8])
+    assert [row.counted_groups for row in rows] == [1, 0]
+
+
+def test_part_of_a_split_group_by_hand() -> None:
+    part = group().select([1])
+    row = pack_row([part], [[8]], row_tokens=8, shared_prompt=True, split_slots=[5], counted_groups=0)
+    assert row.tokens.tolist() == [10, 11, 12, 30, 0, 0, 0, 0]
+    assert row.scores.tolist() == [0.0]
+    assert row.split_slots is not None
+    assert (row.split_slots.tolist(), row.counted_groups) == ([5], 0)
+
+
+def test_segments_by_hand() -> None:
+    """A row of prompt 0-2, responses 3-4 and 5-8, cut after tokens 3 and 7 between two ranks' spans."""
+    blocks = lay_out([GroupLengths(3, (2, 4))], shared_prompt=True)
+    prompt = Span(0, 3)
+    assert cut_segments(blocks, [Span(0, 12)]) == (
+        Segment(Span(0, 3), (prompt,)),
+        Segment(Span(3, 2), (prompt, Span(3, 2))),
+        Segment(Span(5, 4), (prompt, Span(5, 4))),
+    )
+    assert cut_segments(blocks, [Span(4, 4)]) == (
+        Segment(Span(0, 1), (prompt, Span(3, 2))),
+        Segment(Span(1, 3), (prompt, Span(5, 3))),
+    )
+    assert cut_segments(blocks, [Span(2, 2), Span(8, 4)]) == (
+        Segment(Span(0, 1), (prompt,)),
+        Segment(Span(1, 1), (prompt, Span(3, 1))),
+        Segment(Span(2, 1), (prompt, Span(5, 4))),
+    )
+
+
+@given(st.integers(1, 8), st.integers(1, 20))
+def test_context_spans_share_a_row_out(size: int, chunk: int) -> None:
+    row_tokens = 2 * size * chunk
+    spans = [context_spans(row_tokens, size, rank) for rank in range(size)]
+    held = [t for of_rank in spans for span in of_rank for t in range(span.start, span.stop)]
+    assert sorted(held) == list(range(row_tokens))
+    # Causal attention over the whole row as one sequence costs every rank the same.
+    costs = {sum(t for span in of_rank for t in range(span.start, span.stop)) for of_rank in spans}
+    assert len(costs) == 1
 
 
 def test_layout_by_hand() -> None:

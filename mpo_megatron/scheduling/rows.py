@@ -1,0 +1,213 @@
+"""From groups of a data set to this rank's rows of a step.
+
+Shapes: S responses of the step's split groups, in the order of the step, then of the group.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mpo_megatron.data import Groups
+from mpo_megatron.scheduling.layout import GroupLengths
+from mpo_megatron.scheduling.pack import PackedRow, pack_row
+from mpo_megatron.scheduling.plan import CostModel, Part, StepPlan, check_plan, plan_step
+
+# Groups as positions in the data set.
+Positions = Sequence[int] | NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class SplitGroups:
+    """The groups of a step that lie in more than one row, whole: the same on every data-parallel rank.
+
+    Attributes:
+        response_ids: [S] int64, the responses' numbers in the data set.
+        lengths: [S] int64 response tokens.
+        scores: [S] float32.
+        preferred: [S] bool.
+        group_index: [S] int64, ascending from 0.
+        num_groups: how many groups are split.
+    """
+
+    response_ids: Tensor
+    lengths: Tensor
+    scores: Tensor
+    preferred: Tensor
+    group_index: Tensor
+    num_groups: int
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """One data-parallel rank's rows of a step, and the size of the global step.
+
+    Attributes:
+        rows: the rank's micro-batches; the first `first_pass` of them hold parts of split groups (on some rank).
+        row_tokens: T, the same for all rows of the step.
+        first_pass: rows that run twice; 0 where no group is split.
+        split: the step's split groups; None where there are none.
+        groups: groups of the global step.
+        tokens: tokens of the global step, padding left out.
+    """
+
+    rows: list[PackedRow]
+    row_tokens: int
+    first_pass: int
+    split: SplitGroups | None
+    groups: int
+    tokens: int
+
+    def iterators(self, num_chunks: int, stop: int | None = None) -> list[Iterator[PackedRow]]:
+        """What Megatron's schedules call `data_iterator`: one iterator over the rows for each of a rank's model
+        chunks.
+        """
+        return [iter(self.rows[:stop]) for _ in range(num_chunks)]
+
+
+class RowSource:
+    """Plans and packs steps of one data set. Every rank makes the whole plan and packs its own part.
+
+    Args:
+        dataset: the groups.
+        max_tokens: token budget of a row. A group above it is cut into parts, which costs it one more forward pass.
+        alignment: rows are padded to a multiple of it: of the tensor-parallel size under sequence parallelism, and of
+            twice the context-parallel size.
+        shared_prompt: store each prompt once, or once for each response.
+        cost: what tokens cost, for the balance between ranks.
+        data_parallel: (number of data-parallel ranks, this rank's place).
+        context: (number of context-parallel ranks, this rank's place).
+        rows_multiple: every rank has a multiple of so many rows: the pipeline size where stages are interleaved.
+        device: where the rows' tensors go.
+    """
+
+    def __init__(
+        self,
+        dataset: Groups,
+        *,
+        max_tokens: int,
+        alignment: int,
+        cost: CostModel,
+        shared_prompt: bool = True,
+        data_parallel: tuple[int, int] = (1, 0),
+        context: tuple[int, int] = (1, 0),
+        rows_multiple: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.dataset = dataset
+        self.max_tokens = max_tokens
+        self.alignment = alignment
+        self.shared_prompt = shared_prompt
+        self.cost = cost
+        self.data_parallel = data_parallel
+        self.context = context
+        self.rows_multiple = rows_multiple
+        self.device = device
+
+    def _size(self, position: int) -> int:
+        first, stop = self.dataset.response_offsets[position : position + 2]
+        return int(stop - first)
+
+    def lengths(self, position: int) -> GroupLengths:
+        """Token counts of the group at `position` of the data set."""
+        first, stop = self.dataset.response_offsets[position : position + 2]
+        return GroupLengths(
+            int(self.dataset.prompt_lengths[position]),
+            tuple(self.dataset.response_lengths[first:stop].tolist()),
+        )
+
+    def count_split(self) -> int:
+        """Groups of the data set that are larger than a row, and so run in two passes."""
+        offsets, prompts = self.dataset.response_offsets, self.dataset.prompt_lengths
+        copies = 1 if self.shared_prompt else np.diff(offsets)
+        responses = np.add.reduceat(
+            self.dataset.response_lengths, offsets[:-1]
+        )  # no group is without responses
+        return int((prompts * copies + responses > self.max_tokens).sum())
+
+    def plan(self, positions: Positions) -> StepPlan:
+        """The plan of the step of the groups at `positions`, the same on all ranks.
+
+        Raises:
+            ConfigError: a prompt with one of its responses is above the token budget.
+        """
+        lengths = [self.lengths(int(i)) for i in positions]
+        limits: dict[str, Any] = {
+            "max_tokens": self.max_tokens,
+            "data_parallel": self.data_parallel[0],
+            "alignment": self.alignment,
+            "shared_prompt": self.shared_prompt,
+            "rows_multiple": self.rows_multiple,
+        }
+        plan = plan_step(lengths, cost=self.cost, **limits)
+        if __debug__:  # a millisecond a step; `python -O` goes without
+            check_plan(plan, lengths, **limits)
+        return plan
+
+    def step(self, positions: Positions) -> StepRows:
+        """This rank's rows of the step of the groups at `positions` of the data set."""
+        plan = self.plan(positions)
+        split = [(group, k) for group in plan.split for k in range(self._size(int(positions[group])))]
+        slots = {response: slot for slot, response in enumerate(split)}
+        rows = [self._pack(row, positions, plan, slots) for row in plan.rows[self.data_parallel[1]]]
+        tokens = sum(
+            self.lengths(int(positions[part.group])).part(part.responses).row_tokens(self.shared_prompt)
+            for rank_rows in plan.rows
+            for row in rank_rows
+            for part in row
+        )
+        return StepRows(
+            rows,
+            plan.row_tokens,
+            plan.first_pass,
+            self._split_groups(plan, positions) if plan.split else None,
+            len(positions),
+            tokens,
+        )
+
+    def _pack(
+        self, row: Sequence[Part], positions: Positions, plan: StepPlan, slots: dict[tuple[int, int], int]
+    ) -> PackedRow:
+        groups, response_ids = [], []
+        for part in row:
+            position = int(positions[part.group])
+            first = int(self.dataset.response_offsets[position])
+            groups.append(self.dataset.group(position).select(part.responses))
+            response_ids.append([first + k for k in part.responses])
+        holds_parts = bool(row) and (row[0].group, 0) in slots
+        return pack_row(
+            groups,
+            response_ids,
+            row_tokens=plan.row_tokens,
+            shared_prompt=self.shared_prompt,
+            split_slots=[slots[part.group, k] for part in row for k in part.responses]
+            if holds_parts
+            else None,
+            # A split group counts where its first response lies, so that it counts once.
+            counted_groups=sum(0 in part.responses for part in row),
+            context=self.context,
+            device=self.device,
+        )
+
+    def _split_groups(self, plan: StepPlan, positions: Positions) -> SplitGroups:
+        groups = [self.dataset.group(int(positions[i])) for i in plan.split]
+        offsets = [int(self.dataset.response_offsets[int(positions[i])]) for i in plan.split]
+        sizes = [len(group.response_ids) for group in groups]
+
+        def tensor(values: Sequence[NDArray], dtype: torch.dtype) -> Tensor:
+            return torch.as_tensor(np.concatenate(values), device=self.device).to(dtype)
+
+        return SplitGroups(
+            response_ids=tensor(
+                [np.arange(o, o + n) for o, n in zip(offsets, sizes, strict=True)], torch.int64
+            ),
+            lengths=tensor([np.array([len(r) for r in g.response_ids]) for g in groups], torch.int64),
+            scores=tensor([g.scores for g in groups], torch.float32),
+            preferred=tensor([g.preferred for g in groups], torch.bool),
+            group_index=torch.as_tensor(np.repeat(np.arange(len(sizes)), sizes), device=self.device),
+            num_groups=len(groups),
+        )

@@ -1,0 +1,131 @@
+"""Mistakes that train without an error, put into the real code for one case: the layout tests must find each."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mpo_megatron.model import attention, provider
+from mpo_megatron.scheduling import rows
+from mpo_megatron.scheduling.pack import PackedRow
+from mpo_megatron.training import step
+from tests.distributed.jobs import Layout
+
+
+def run_with(fault: str, case: Callable[..., Any], *args: Any) -> Any:
+    """Run a case with a fault of `FAULTS` in place, and take it out again."""
+    with globals()[f"_{fault}"]():
+        return case(*args)
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def _with_rows(change: Callable[[PackedRow], PackedRow]) -> Any:
+    pack_row = rows.pack_row
+    return _replaced(rows, "pack_row", lambda *args, **kwargs: change(pack_row(*args, **kwargs)))
+
+
+def _last_prompt_position_predicts_once() -> Any:
+    """Of the first tokens of a group's responses, only the first one's is a target."""
+
+    def change(row: PackedRow) -> PackedRow:
+        kept, seen = [], set()
+        for n, place in enumerate(row.predict_from.tolist()):
+            if place not in seen:
+                kept.append(n)
+            seen.add(place)
+        index = torch.tensor(kept, dtype=torch.int64)
+        return replace(
+            row,
+            predict_from=row.predict_from[index],
+            targets=row.targets[index],
+            target_response=row.target_response[index],
+        )
+
+    return _with_rows(change)
+
+
+def _positions_not_reset() -> Any:
+    return _with_rows(lambda row: replace(row, position_ids=torch.arange(row.position_ids.numel())))
+
+
+def _group_counted_on_every_context_rank() -> Any:
+    return _with_rows(lambda row: replace(row, counted_groups=row.num_groups))
+
+
+def _group_counted_with_every_part() -> Any:
+    return _with_rows(lambda row: replace(row, counted_groups=row.num_groups))
+
+
+def _plan_leaves_a_group_out() -> Any:
+    """The last row that holds anything lacks its last part; the plan's own check is off."""
+    plan_step = rows.plan_step
+
+    def plan(*args: Any, **kwargs: Any) -> Any:
+        whole = plan_step(*args, **kwargs)
+        *others, last = whole.rows
+        shortened = tuple(row[:-1] if row == last[0] else row for row in last)
+        return replace(whole, rows=(*others, shortened))
+
+    @contextmanager
+    def both() -> Iterator[None]:
+        with _replaced(rows, "plan_step", plan), _replaced(rows, "check_plan", lambda *a, **k: None):
+            yield
+
+    return both()
+
+
+def _keys_left_in_the_order_of_the_ranks() -> Any:
+    """Context parallelism gathers keys and values rank after rank, and nobody puts them into the row's order."""
+
+    def in_rank_order(row_tokens: int, size: int, rank: int) -> Any:
+        part = row_tokens // size
+        return (attention.Span(rank * part, part),)
+
+    return _replaced(attention, "context_spans", in_rank_order)
+
+
+def _first_pass_forgotten_on_other_replicas() -> Any:
+    """The log-probs of a split group's parts on other data-parallel ranks count as 0."""
+    return _replaced(step, "dist", SimpleNamespace(all_reduce=_all_reduce_over_the_world_only))
+
+
+def _all_reduce_over_the_world_only(tensor: torch.Tensor, group: Any = None) -> None:
+    if group is None:
+        dist.all_reduce(tensor)
+
+
+def _batched_sends_between_interleaved_stages() -> Any:
+    config = provider.transformer_config
+
+    def batched(*args: Any, **kwargs: Any) -> Any:
+        made = config(*args, **kwargs)
+        made.batch_p2p_comm, made.overlap_p2p_comm = True, False
+        return made
+
+    return _replaced(provider, "transformer_config", batched)
+
+
+# What runs each: (ranks, layout, rows of whole groups or of parts).
+FAULTS: dict[str, tuple[int, Layout, str]] = {
+    "last_prompt_position_predicts_once": (1, Layout(), "whole"),
+    "positions_not_reset": (1, Layout(), "whole"),
+    "group_counted_on_every_context_rank": (2, Layout(cp=2), "whole"),
+    "group_counted_with_every_part": (1, Layout(), "split"),
+    "plan_leaves_a_group_out": (2, Layout(), "whole"),
+    "keys_left_in_the_order_of_the_ranks": (2, Layout(cp=2), "whole"),
+    "first_pass_forgotten_on_other_replicas": (2, Layout(), "split"),
+    "batched_sends_between_interleaved_stages": (2, Layout(pp=2, vpp=2), "whole"),
+}

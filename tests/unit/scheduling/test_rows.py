@@ -1,0 +1,93 @@
+"""From groups to a rank's rows: parts, what the objective needs of split groups, and counts over all ranks."""
+
+from typing import Any
+
+import pytest
+
+from mpo_megatron.data import GroupList
+from mpo_megatron.errors import ConfigError
+from mpo_megatron.scheduling.plan import CostModel
+from mpo_megatron.scheduling.rows import RowSource, StepRows
+from tests.helpers.models import make_groups
+
+SIZES = [3, 9, 2, 6, 4]
+COST = CostModel(1e3, 1.0, 1e2)
+
+
+def steps(max_tokens: int, data_parallel: int, context: int = 1, **more: Any) -> list[list[StepRows]]:
+    """The step of all groups, backwards, by data-parallel and context-parallel rank."""
+    groups = GroupList(make_groups(SIZES, 50))
+    return [
+        [
+            RowSource(
+                groups, max_tokens=max_tokens, alignment=8 * context, cost=COST,
+                data_parallel=(data_parallel, d), context=(context, c), **more,
+            ).step(range(len(SIZES))[::-1])
+            for c in range(context)
+        ]
+        for d in range(data_parallel)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("max_tokens", [64, 100, 1000])
+@pytest.mark.parametrize(("data_parallel", "context"), [(1, 1), (3, 1), (2, 2)])
+def test_every_response_and_count_is_there_once(max_tokens: int, data_parallel: int, context: int) -> None:
+    of_ranks = steps(max_tokens, data_parallel, context)
+    for c in range(context):
+        found = [i for ranks in of_ranks for row in ranks[c].rows for i in row.response_ids.tolist()]
+        assert sorted(found) == list(range(sum(SIZES)))
+    counted = sum(row.counted_groups for ranks in of_ranks for step in ranks for row in step.rows)
+    assert counted == len(SIZES)
+    predicted = sum(row.targets.numel() for ranks in of_ranks for step in ranks for row in step.rows)
+    assert predicted == sum(len(r) for g in make_groups(SIZES, 50) for r in g.response_ids)
+    assert len({(len(s.rows), s.row_tokens, s.first_pass) for ranks in of_ranks for s in ranks}) == 1
+    assert (of_ranks[0][0].first_pass > 0) == (of_ranks[0][0].split is not None) == (max_tokens < 1000)
+
+
+def test_slots_lead_from_parts_to_the_split_groups() -> None:
+    groups = make_groups(SIZES, 50)
+    numbers = [(g, k) for g, size in enumerate(SIZES) for k in range(size)]  # by the responses' numbers
+    of_ranks = [step for (step,) in steps(48, 2)]
+    split = of_ranks[0].split
+    assert split is not None
+    assert split.num_groups >= 1
+    assert split.group_index.tolist() == sorted(split.group_index.tolist())
+    seen = []
+    for step in of_ranks:
+        assert step.split is not None
+        assert step.split.response_ids.tolist() == split.response_ids.tolist()
+        for row in step.rows:
+            if row.split_slots is not None:
+                seen += row.split_slots.tolist()
+                assert split.response_ids[row.split_slots].tolist() == row.response_ids.tolist()
+                assert split.lengths[row.split_slots].tolist() == row.lengths.tolist()
+    assert sorted(seen) == list(range(split.response_ids.numel()))
+    for number, score, preferred in zip(
+        split.response_ids.tolist(), split.scores.tolist(), split.preferred.tolist(), strict=True
+    ):
+        group, k = numbers[number]
+        assert score == pytest.approx(groups[group].scores[k])
+        assert preferred == groups[group].preferred[k]
+
+
+def test_the_groups_that_are_split_are_counted() -> None:
+    groups = GroupList(make_groups(SIZES, 50))
+    for shared_prompt in (True, False):
+        for max_tokens in (48, 64, 100, 150, 1000):
+            source = RowSource(
+                groups, max_tokens=max_tokens, alignment=8, cost=COST, shared_prompt=shared_prompt
+            )
+            assert source.count_split() == len(source.plan(range(len(SIZES))).split)
+
+
+def test_iterators_are_independent() -> None:
+    ((step,),) = steps(1000, 1, rows_multiple=4)
+    first, second = step.iterators(2)
+    assert list(first) == step.rows == list(second)
+    assert len(step.rows) == 4
+    assert list(step.iterators(1, 2)[0]) == step.rows[:2]
+
+
+def test_a_response_that_fits_no_row_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="max_tokens_per_micro_batch=16 is less than"):
+        steps(16, 1)
