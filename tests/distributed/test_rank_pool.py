@@ -128,10 +128,10 @@ def pool() -> Iterator[RankPool]:
 
 def still_runs(pid: int) -> bool:
     """Whether the process exists and is not a zombie that its new parent has yet to collect."""
-    state = subprocess.run(
-        ["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True
-    ).stdout.strip()
-    return bool(state) and not state.startswith("Z")
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_returns_each_ranks_result(pool: RankPool) -> None:
