@@ -24,7 +24,7 @@ from mpo_megatron.model.provider import GroupModel
 from mpo_megatron.objectives.mpo import mpo
 from mpo_megatron.runtime.device import choose_device
 from mpo_megatron.runtime.parallel import initialize
-from mpo_megatron.scheduling.plan import CostModel
+from mpo_megatron.scheduling.plan import CostModel, Pipeline
 from mpo_megatron.scheduling.rows import RowSource
 from mpo_megatron.training.step import first_pass, forward_step, mean_metrics, objective_loss, response_logps
 
@@ -67,7 +67,7 @@ def main(tp: int = 1, pp: int = 1, cp: int = 1) -> list[float]:
     groups = GroupList([random_group(number) for number in range(16)])
     source = RowSource(
         groups, max_tokens=160, alignment=8 * tp * cp, cost=CostModel(1e6, 1e3, 1e5),
-        data_parallel=(layout.dp, layout.dp_rank), context=(cp, layout.cp_rank), device=device,
+        data_parallel=(layout.dp, layout.dp_rank), context=(cp, layout.cp_rank), pipeline=Pipeline(pp), device=device,
     )  # fmt: skip
     rows = source.step(range(len(groups)))
     reference = response_logps(chunks, [rows], int(groups.response_offsets[-1]), layout)  # before training
@@ -80,7 +80,7 @@ def main(tp: int = 1, pp: int = 1, cp: int = 1) -> list[float]:
         kept = get_forward_backward_func()(
             forward_step_func=forward_step(objective_loss(objective, reference, split)),
             data_iterator=rows.iterators(1)[0], model=chunks, num_microbatches=len(rows.rows),
-            seq_length=rows.row_tokens, micro_batch_size=1, forward_only=False,
+            seq_length=rows.longest_row, micro_batch_size=1, forward_only=False,
         )  # fmt: skip
         optimizer.step()
         metrics = mean_metrics(kept, split, rows, layout)

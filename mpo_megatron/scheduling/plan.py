@@ -1,8 +1,8 @@
 """Which groups share a row, and which data-parallel rank runs it. Pure: plain Python in, plain Python out.
 
-The plan of a step depends on the groups' lengths, the token budget, the number of data-parallel ranks and the multiple
-of rows that an interleaved pipeline needs, so the same groups make the same rows at every layout that shares those: the
-alignment, which tensor and context parallelism set, changes only how far rows are padded.
+The plan of a step depends on the groups' lengths, the token budget, the number of data-parallel ranks and the pipeline,
+so the same groups make the same rows at every layout that shares those: the alignment, which tensor and context
+parallelism set, changes only how far rows are padded.
 
 A row holds **parts**: whole groups, or some of the responses of a group too large for one row, with its prompt. Rows
 with parts of split groups run twice, first forward only for the log-probs that the whole group's loss needs.
@@ -12,14 +12,16 @@ Invariants, which `check_plan` states as code:
 2. no row holds more tokens than the budget;
 3. a row holds whole groups or parts of split groups, never both, for a row that holds a part pays for the first pass;
    rows with parts come first on each rank, spread evenly over the ranks, and `first_pass` is the most that a rank has,
-   rounded up to `rows_multiple`;
+   rounded up to the pipeline's `rows_multiple`;
 4. every rank has the same number of rows, at least one and a multiple of `rows_multiple`; a row may be empty: it is
    padding, and counts no group;
-5. T, the padded length of every row of the step, is the least multiple of the alignment that fits the fullest row: it
-   exceeds the budget, where that is no such multiple, by less than the alignment.
+5. a row is padded to the least multiple of the alignment that fits it; between the stages of a pipeline all tensors
+   have one shape, so there every row of the step is padded as the fullest is. So a row may exceed the budget, where
+   that is no multiple of the alignment, by less than the alignment.
 
-What the planner tries for, in this order: few rows; rows of nearly equal token counts, since all are padded to T; ranks
-of nearly equal cost (FLOPs).
+What the planner tries for: as few rows as there can be or, in a pipeline, the number of rows that takes least time
+(more rows are shorter and fill the pipeline better, fewer have less padding); rows of nearly equal token counts, so
+that none needs more memory or padding than it must; ranks of nearly equal cost (FLOPs).
 """
 
 import math
@@ -35,6 +37,11 @@ from mpo_megatron.scheduling.layout import GroupLengths
 # possible: padding to the alignment and a step's time vary by more.
 TOKEN_TOLERANCE = 1 / 512
 COST_TOLERANCE = 1e-3
+# What a row costs besides what it holds (kernel launches, small matrix products), as tokens. It keeps a pipeline from
+# very short rows; an estimate, not measured on a GPU.
+ROW_OVERHEAD_TOKENS = 64
+# In a pipeline, each number of rows that is tried is above the one before by at least this part of it.
+ROWS_STEP = 1 / 16
 
 
 @dataclass(frozen=True)
@@ -65,24 +72,60 @@ class CostModel:
 
 
 @dataclass(frozen=True)
+class Pipeline:
+    """What pipeline parallelism asks of a plan.
+
+    Attributes:
+        stages: pipeline-parallel size.
+        chunks: model chunks on each stage; more than one are interleaved.
+    """
+
+    stages: int = 1
+    chunks: int = 1
+
+    @property
+    def rows_multiple(self) -> int:
+        """Each rank's number of rows is a multiple of it: Megatron's interleaved schedule asks for that."""
+        return self.stages if self.chunks > 1 else 1
+
+    @property
+    def idle_rows(self) -> float:
+        """Rows that a stage could run in the time that it waits while the pipeline fills and drains."""
+        return (self.stages - 1) / self.chunks
+
+
+NO_PIPELINE = Pipeline()
+
+
+@dataclass(frozen=True)
 class StepPlan:
     """The rows of one step.
 
     Attributes:
         rows: `rows[d]` are those of data-parallel rank d, the ones with parts of split groups first.
-        row_tokens: T, the length that every row is padded to.
+        row_lengths: `row_lengths[d][k]` is T of row `rows[d][k]`: what it is padded to.
         first_pass: rows of each rank, from the front, that the forward-only first pass runs; 0 if nothing is split.
         split: ascending, the groups that lie in more than one part.
     """
 
     rows: tuple[tuple[Row, ...], ...]
-    row_tokens: int
+    row_lengths: tuple[tuple[int, ...], ...]
     first_pass: int
     split: tuple[int, ...]
 
     @property
     def rows_per_rank(self) -> int:
         return len(self.rows[0])
+
+    @property
+    def longest_row(self) -> int:
+        """The largest T of the step."""
+        return max(max(lengths) for lengths in self.row_lengths)
+
+    @property
+    def padded_tokens(self) -> int:
+        """Tokens of all rows of all ranks, padding included; a first pass over some of them is not counted again."""
+        return sum(sum(lengths) for lengths in self.row_lengths)
 
 
 def plan_step(
@@ -93,7 +136,7 @@ def plan_step(
     cost: CostModel,
     alignment: int = 1,
     shared_prompt: bool = True,
-    rows_multiple: int = 1,
+    pipeline: Pipeline = NO_PIPELINE,
 ) -> StepPlan:
     """Put the groups of a global step into rows, and the rows on data-parallel ranks.
 
@@ -101,10 +144,10 @@ def plan_step(
         groups: lengths of the step's groups.
         max_tokens: token budget of a row, padding left out.
         data_parallel: ranks among which the rows are shared out.
-        cost: what a part costs, for the balance.
-        alignment: T is a multiple of it; nothing else depends on it.
+        cost: what a part costs, for the balance and for the number of a pipeline's rows.
+        alignment: the length of a row is a multiple of it; nothing else depends on it.
         shared_prompt: whether a row stores a group's prompt once.
-        rows_multiple: each rank's number of rows, in either pass, is a multiple of it.
+        pipeline: stages and model chunks.
 
     Raises:
         ConfigError: a prompt with one of its responses is above the budget.
@@ -123,15 +166,21 @@ def plan_step(
     tokens = [part.row_tokens(shared_prompt) for part in lengths]
     costs = [cost.of(part, shared_prompt) for part in lengths]
 
-    rows, split_rows = _fill_rows(
-        tokens, len(pieces), max_tokens, data_parallel=data_parallel, rows_multiple=rows_multiple
-    )
+    filling = _Filling(tokens, costs, len(pieces), max_tokens, data_parallel, cost, pipeline)
+    rows, split_rows = filling.fewest_rows()
+    if pipeline.stages > 1:
+        rows, split_rows = filling.fastest_rows(rows, split_rows)
     hands = _deal_rows(rows, split_rows, costs, tokens, data_parallel)
-    fullest = max(sum(tokens[p] for p in row) for row in rows)
+    row_lengths = [
+        [max(alignment, _round_up(_load(rows[r], tokens), alignment)) for r in hand] for hand in hands
+    ]
+    if pipeline.stages > 1:
+        longest = max(max(of_rank) for of_rank in row_lengths)
+        row_lengths = [[longest] * len(of_rank) for of_rank in row_lengths]
     return StepPlan(
         rows=tuple(tuple(tuple(parts[p] for p in sorted(rows[r])) for r in hand) for hand in hands),
-        row_tokens=max(alignment, _round_up(fullest, alignment)),
-        first_pass=_round_up(math.ceil(split_rows / data_parallel), rows_multiple),
+        row_lengths=tuple(map(tuple, row_lengths)),
+        first_pass=filling.first_pass(split_rows),
         split=split,
     )
 
@@ -159,57 +208,119 @@ def _cut(group: GroupLengths, max_tokens: int, shared_prompt: bool) -> list[tupl
     return sorted(tuple(sorted(items)) for items in bins)
 
 
-def _fill_rows(
-    tokens: Sequence[int],
-    num_pieces: int,
-    max_tokens: int,
-    *,
-    data_parallel: int,
-    rows_multiple: int,
-) -> tuple[balance.Bins, int]:
-    """The parts of each row, and how many of the rows, the first ones, hold parts of split groups.
+class _Filling:
+    """Ways to put parts into rows: of parts, the first `num_pieces` are those of split groups.
 
-    Args:
-        tokens: of each part; the first `num_pieces` parts are those of split groups.
+    A filling is the parts of each row, and how many of the rows, the first ones, hold parts of split groups.
     """
-    pieces, whole = tokens[:num_pieces], tokens[num_pieces:]
-    # As many rows as first-fit-decreasing needs always do; fewer may, since rows come `unit` at a time.
-    piece_rows = len(balance.first_fit_decreasing(pieces, max_tokens))
-    whole_rows = len(balance.first_fit_decreasing(whole, max_tokens))
-    least_whole_rows = math.ceil(sum(whole) / max_tokens)
-    unit = data_parallel * rows_multiple
-    most_split_rows = min(num_pieces, _round_up(piece_rows, unit))  # without a longer first pass
 
-    def fill(num_rows: int) -> tuple[balance.Bins, int] | None:
+    def __init__(
+        self,
+        tokens: Sequence[int],
+        costs: Sequence[float],
+        num_pieces: int,
+        max_tokens: int,
+        data_parallel: int,
+        cost: CostModel,
+        pipeline: Pipeline,
+    ) -> None:
+        self.tokens, self.num_pieces, self.max_tokens = tokens, num_pieces, max_tokens
+        self.pieces, self.whole = tokens[:num_pieces], tokens[num_pieces:]
+        self.data_parallel, self.pipeline = data_parallel, pipeline
+        # Rows come so many at a time.
+        self.unit = data_parallel * pipeline.rows_multiple
+        # As many rows as first-fit-decreasing needs always do.
+        self.piece_rows = len(balance.first_fit_decreasing(self.pieces, max_tokens))
+        self.whole_rows = len(balance.first_fit_decreasing(self.whole, max_tokens))
+        self.per_token = cost.per_token
+        # FLOPs of all parts apart from those that padding costs as well.
+        self.beside_tokens = sum(costs) - cost.per_token * sum(tokens)
+
+    def fewest_rows(self) -> tuple[balance.Bins, int]:
+        """As few rows as are found; fewer than first-fit-decreasing's may do, since rows come `unit` at a time."""
+        least = self.piece_rows + math.ceil(sum(self.whole) / self.max_tokens)
+        num_rows = max(self.unit, _round_up(self.piece_rows + self.whole_rows, self.unit))
+        filled = self.fill(num_rows)
+        while num_rows - self.unit >= max(self.unit, least):
+            num_rows -= self.unit
+            if (tighter := self.fill(num_rows)) is None:
+                break
+            filled = tighter
+        assert filled is not None, "first-fit-decreasing's number of rows is enough"
+        return filled
+
+    def fastest_rows(self, rows: balance.Bins, split_rows: int) -> tuple[balance.Bins, int]:
+        """Of the filling with the fewest rows and those with more, the one that a pipeline ends first."""
+        total, largest = sum(self.tokens), max(self.tokens, default=0)
+        fastest, least = (rows, split_rows), self.time(len(rows), split_rows, self.fullest(rows))
+        bounds = []
+        num_rows = len(rows)
+        # Where a row is no longer than the largest part, more rows are no shorter.
+        while num_rows * largest < total:
+            num_rows += _round_up(math.ceil(num_rows * ROWS_STEP), self.unit)
+            bounds.append(
+                (self.time(num_rows, self.piece_rows, _even_load(total, largest, num_rows)), num_rows)
+            )
+        for bound, num_rows in sorted(bounds):
+            if bound >= least:
+                break
+            if (filled := self.fill(num_rows)) is None:
+                continue
+            time = self.time(num_rows, filled[1], self.fullest(filled[0]))
+            if time < least:
+                fastest, least = filled, time
+        return fastest
+
+    def fill(self, num_rows: int) -> tuple[balance.Bins, int] | None:
+        """A filling of so many rows, the fullest as short as it is found; None where none is found."""
+        pieces = self.pieces
+        # Rows with parts run twice: no more of them than the step has for their share of its tokens.
+        share = math.ceil(num_rows * sum(pieces) / max(1, sum(self.tokens)))
+        most = min(len(pieces), _round_up(max(self.piece_rows, share), self.unit), num_rows - self.whole_rows)
+        total, largest = sum(pieces), max(pieces, default=0)
+        total_whole, largest_whole = sum(self.whole), max(self.whole, default=0)
+
         def needed(split_rows: int) -> int:
-            return max(_even_load(pieces, split_rows), _even_load(whole, num_rows - split_rows))
+            return max(
+                _even_load(total, largest, split_rows),
+                _even_load(total_whole, largest_whole, num_rows - split_rows),
+            )
 
-        choices = range(piece_rows, max(piece_rows, min(most_split_rows, num_rows - whole_rows)) + 1)
-        split_rows = min(choices, key=needed)
-        goal = min(max_tokens, needed(split_rows) * (1 + TOKEN_TOLERANCE))
-        of_pieces = balance.fit(pieces, split_rows, max_tokens, goal)
-        of_whole = balance.fit(whole, num_rows - split_rows, max_tokens, goal)
+        split_rows = min(range(self.piece_rows, max(self.piece_rows, most) + 1), key=needed)
+        goal = min(self.max_tokens, needed(split_rows) * (1 + TOKEN_TOLERANCE))
+        of_pieces = balance.fit(pieces, split_rows, self.max_tokens, goal)
+        of_whole = balance.fit(self.whole, num_rows - split_rows, self.max_tokens, goal)
         if of_pieces is None or of_whole is None:
             return None
         # An empty row is no row with parts.
         with_parts, empty = [row for row in of_pieces if row], [row for row in of_pieces if not row]
-        without = [[num_pieces + item for item in row] for row in of_whole]
+        without = [[self.num_pieces + item for item in row] for row in of_whole]
         return with_parts + without + empty, len(with_parts)
 
-    num_rows = max(unit, _round_up(piece_rows + whole_rows, unit))
-    filled = fill(num_rows)
-    while num_rows - unit >= max(unit, piece_rows + least_whole_rows):
-        num_rows -= unit
-        if (tighter := fill(num_rows)) is None:
-            break
-        filled = tighter
-    assert filled is not None, "first-fit-decreasing's number of rows is enough"
-    return filled
+    def fullest(self, rows: balance.Bins) -> int:
+        return max(_load(row, self.tokens) for row in rows)
+
+    def first_pass(self, split_rows: int) -> int:
+        """Rows of each rank that the first pass runs, if so many rows of all ranks hold parts of split groups."""
+        return _round_up(math.ceil(split_rows / self.data_parallel), self.pipeline.rows_multiple)
+
+    def time(self, num_rows: int, split_rows: int, fullest: int) -> float:
+        """How long a step takes, in FLOPs of the whole model; a backward pass is two forward passes."""
+        first_pass = self.first_pass(split_rows)
+        passes = 3 * (num_rows / self.data_parallel + self.pipeline.idle_rows)
+        if first_pass:
+            passes += first_pass + self.pipeline.idle_rows
+        row = self.per_token * (fullest + ROW_OVERHEAD_TOKENS) + self.beside_tokens / num_rows
+        return passes * row
 
 
-def _even_load(tokens: Sequence[int], num_rows: int) -> int:
+def _even_load(total: int, largest: int, num_rows: int) -> int:
     """Tokens of the fullest row if all were equally full, but for one that holds the largest part."""
-    return max(math.ceil(sum(tokens) / num_rows), max(tokens)) if tokens else 0
+    return max(math.ceil(total / num_rows), largest) if total else 0
+
+
+def _load(row: Sequence[int], tokens: Sequence[int]) -> int:
+    return sum(tokens[p] for p in row)
 
 
 def _deal_rows(
@@ -223,7 +334,7 @@ def _deal_rows(
 
     Parts change places between `rows`, in place, where that evens out the ranks' costs without a fuller fullest row.
     """
-    fullest = max(sum(tokens[p] for p in row) for row in rows)
+    fullest = max(_load(row, tokens) for row in rows)
     hands: balance.Bins = [[] for _ in range(data_parallel)]
     base = [0.0] * data_parallel
     for dealt in (range(split_rows), range(split_rows, len(rows))):
@@ -250,15 +361,16 @@ def check_plan(
     data_parallel: int,
     alignment: int = 1,
     shared_prompt: bool = True,
-    rows_multiple: int = 1,
+    pipeline: Pipeline = NO_PIPELINE,
 ) -> None:
     """Assert every invariant of the module's docstring."""
     assert len(plan.rows) == data_parallel, "not one list of rows per data-parallel rank"
     lengths = {len(rank_rows) for rank_rows in plan.rows}
     assert len(lengths) == 1, f"ranks have different numbers of rows, {sorted(lengths)}"
     assert plan.rows_per_rank >= 1, "ranks have no row"
-    assert plan.rows_per_rank % rows_multiple == 0, (
-        f"{plan.rows_per_rank} rows per rank are not a multiple of {rows_multiple}"
+    multiple = pipeline.rows_multiple
+    assert plan.rows_per_rank % multiple == 0, (
+        f"{plan.rows_per_rank} rows per rank are not a multiple of {multiple}"
     )
 
     rows = [row for rank_rows in plan.rows for row in rank_rows]
@@ -278,16 +390,22 @@ def check_plan(
     assert all(groups[i].row_tokens(shared_prompt) > max_tokens for i in split), (
         "a group that fits a row is split"
     )
-    _check_first_pass(plan, rows_multiple)
+    _check_first_pass(plan, multiple)
 
     filled = [
-        sum(groups[part.group].part(part.responses).row_tokens(shared_prompt) for part in row) for row in rows
+        [
+            sum(groups[part.group].part(part.responses).row_tokens(shared_prompt) for part in row)
+            for row in rank_rows
+        ]
+        for rank_rows in plan.rows
     ]
-    fullest = max(filled)
+    fullest = max(max(of_rank) for of_rank in filled)
     assert fullest <= max_tokens, f"a row of {fullest} tokens is above the budget of {max_tokens}"
-    assert plan.row_tokens % alignment == 0, f"T={plan.row_tokens} is not a multiple of the alignment"
-    assert plan.row_tokens == max(alignment, _round_up(fullest, alignment)), (
-        f"T={plan.row_tokens} is not the least that fits {fullest} tokens"
+    if pipeline.stages > 1:
+        filled = [[fullest] * len(of_rank) for of_rank in filled]
+    least = tuple(tuple(max(alignment, _round_up(used, alignment)) for used in of_rank) for of_rank in filled)
+    assert plan.row_lengths == least, (
+        f"row lengths are {plan.row_lengths}, but the least that fit are {least}"
     )
 
 

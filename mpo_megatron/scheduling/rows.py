@@ -15,7 +15,15 @@ from torch import Tensor
 from mpo_megatron.data import Groups
 from mpo_megatron.scheduling.layout import GroupLengths
 from mpo_megatron.scheduling.pack import PackedRow, pack_row
-from mpo_megatron.scheduling.plan import CostModel, Part, StepPlan, check_plan, plan_step
+from mpo_megatron.scheduling.plan import (
+    NO_PIPELINE,
+    CostModel,
+    Part,
+    Pipeline,
+    StepPlan,
+    check_plan,
+    plan_step,
+)
 
 # Groups as positions in the data set.
 Positions = Sequence[int] | NDArray[np.int64]
@@ -48,19 +56,26 @@ class StepRows:
 
     Attributes:
         rows: the rank's micro-batches; the first `first_pass` of them hold parts of split groups (on some rank).
-        row_tokens: T, the same for all rows of the step.
+        longest_row: the largest T of the step's rows; in a pipeline all have it.
         first_pass: rows that run twice; 0 where no group is split.
         split: the step's split groups; None where there are none.
         groups: groups of the global step.
         tokens: tokens of the global step, padding left out.
+        padded_tokens: the same with padding.
     """
 
     rows: list[PackedRow]
-    row_tokens: int
+    longest_row: int
     first_pass: int
     split: SplitGroups | None
     groups: int
     tokens: int
+    padded_tokens: int
+
+    @property
+    def fill(self) -> float:
+        """The part of the global step's row tokens that is not padding."""
+        return self.tokens / self.padded_tokens
 
     def iterators(self, num_chunks: int, stop: int | None = None) -> list[Iterator[PackedRow]]:
         """What Megatron's schedules call `data_iterator`: one iterator over the rows for each of a rank's model
@@ -81,7 +96,7 @@ class RowSource:
         cost: what tokens cost, for the balance between ranks.
         data_parallel: (number of data-parallel ranks, this rank's place).
         context: (number of context-parallel ranks, this rank's place).
-        rows_multiple: every rank has a multiple of so many rows: the pipeline size where stages are interleaved.
+        pipeline: stages and model chunks on each, which set the number and lengths of rows.
         device: where the rows' tensors go.
     """
 
@@ -95,7 +110,7 @@ class RowSource:
         shared_prompt: bool = True,
         data_parallel: tuple[int, int] = (1, 0),
         context: tuple[int, int] = (1, 0),
-        rows_multiple: int = 1,
+        pipeline: Pipeline = NO_PIPELINE,
         device: torch.device | str = "cpu",
     ) -> None:
         self.dataset = dataset
@@ -105,7 +120,7 @@ class RowSource:
         self.cost = cost
         self.data_parallel = data_parallel
         self.context = context
-        self.rows_multiple = rows_multiple
+        self.pipeline = pipeline
         self.device = device
 
     def _size(self, position: int) -> int:
@@ -141,7 +156,7 @@ class RowSource:
             "data_parallel": self.data_parallel[0],
             "alignment": self.alignment,
             "shared_prompt": self.shared_prompt,
-            "rows_multiple": self.rows_multiple,
+            "pipeline": self.pipeline,
         }
         plan = plan_step(lengths, cost=self.cost, **limits)
         if __debug__:  # a millisecond a step; `python -O` goes without
@@ -153,7 +168,11 @@ class RowSource:
         plan = self.plan(positions)
         split = [(group, k) for group in plan.split for k in range(self._size(int(positions[group])))]
         slots = {response: slot for slot, response in enumerate(split)}
-        rows = [self._pack(row, positions, plan, slots) for row in plan.rows[self.data_parallel[1]]]
+        mine = self.data_parallel[1]
+        rows = [
+            self._pack(row, length, positions, plan, slots)
+            for row, length in zip(plan.rows[mine], plan.row_lengths[mine], strict=True)
+        ]
         tokens = sum(
             self.lengths(int(positions[part.group])).part(part.responses).row_tokens(self.shared_prompt)
             for rank_rows in plan.rows
@@ -162,15 +181,21 @@ class RowSource:
         )
         return StepRows(
             rows,
-            plan.row_tokens,
+            plan.longest_row,
             plan.first_pass,
             self._split_groups(plan, positions) if plan.split else None,
             len(positions),
             tokens,
+            plan.padded_tokens,
         )
 
     def _pack(
-        self, row: Sequence[Part], positions: Positions, plan: StepPlan, slots: dict[tuple[int, int], int]
+        self,
+        row: Sequence[Part],
+        row_tokens: int,
+        positions: Positions,
+        plan: StepPlan,
+        slots: dict[tuple[int, int], int],
     ) -> PackedRow:
         groups, response_ids = [], []
         for part in row:
@@ -182,7 +207,7 @@ class RowSource:
         return pack_row(
             groups,
             response_ids,
-            row_tokens=plan.row_tokens,
+            row_tokens=row_tokens,
             shared_prompt=self.shared_prompt,
             split_slots=[slots[part.group, k] for part in row for k in part.responses]
             if holds_parts

@@ -20,6 +20,7 @@ from mpo_megatron.objectives.registry import Objective
 from mpo_megatron.runtime.device import choose_device
 from mpo_megatron.runtime.parallel import ParallelLayout, initialize, raise_together
 from mpo_megatron.scheduling.order import in_order, step_groups, steps_per_epoch
+from mpo_megatron.scheduling.plan import Pipeline
 from mpo_megatron.scheduling.rows import RowSource
 
 DTYPES = {"bf16": torch.bfloat16, "32": torch.float32}
@@ -201,6 +202,6 @@ def _rows(
         cost=architecture.cost_model,
         data_parallel=(layout.dp, layout.dp_rank),
         context=(layout.cp, layout.cp_rank),
-        rows_multiple=layout.pp if layout.vpp > 1 else 1,
+        pipeline=Pipeline(layout.pp, layout.vpp),
         device=layout.device,
     )

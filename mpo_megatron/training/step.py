@@ -77,7 +77,7 @@ def run_schedule(
             data_iterator=iterators if len(chunks) > 1 else iterators[0],
             model=chunks,
             num_microbatches=len(step.rows[:stop]),
-            seq_length=step.row_tokens,
+            seq_length=step.longest_row,
             micro_batch_size=1,
             forward_only=forward_only,
         )

@@ -258,7 +258,8 @@ def train_step(job: Job, step: int) -> dict[str, float]:
         "groups_per_second": rows.groups / seconds,
         "tokens_per_second": rows.tokens / seconds,
         "rows": len(rows.rows) * setup.layout.dp,
-        "row_tokens": rows.row_tokens,
+        "row_tokens": rows.longest_row,
+        "fill": rows.fill,
         "split_groups": rows.split.num_groups if rows.split else 0,
         "seconds": seconds,
     }

@@ -107,6 +107,18 @@ def _all_reduce_over_the_world_only(tensor: torch.Tensor, group: Any = None) -> 
         dist.all_reduce(tensor)
 
 
+def _weights_from_the_part_alone() -> Any:
+    """A part of a split group is trained as if it were the whole group."""
+    objective_loss = step.objective_loss
+
+    def of_parts(*args: Any) -> Any:
+        loss = objective_loss(*args)
+        first_pass_done = len(args) == 3
+        return lambda row, output: loss(replace(row, split_slots=None) if first_pass_done else row, output)
+
+    return _replaced(step, "objective_loss", of_parts)
+
+
 def _batched_sends_between_interleaved_stages() -> Any:
     config = provider.transformer_config
 
@@ -127,5 +139,6 @@ FAULTS: dict[str, tuple[int, Layout, str]] = {
     "plan_leaves_a_group_out": (2, Layout(), "whole"),
     "keys_left_in_the_order_of_the_ranks": (2, Layout(cp=2), "whole"),
     "first_pass_forgotten_on_other_replicas": (2, Layout(), "split"),
+    "weights_from_the_part_alone": (2, Layout(pp=2), "split"),
     "batched_sends_between_interleaved_stages": (2, Layout(pp=2, vpp=2), "whole"),
 }

@@ -19,6 +19,7 @@ from mpo_megatron.model.provider import ModelOptions, build_model, unwrap
 from mpo_megatron.objectives.registry import GroupBatch, Objective, ObjectiveResult, segment_mean
 from mpo_megatron.runtime.device import choose_device
 from mpo_megatron.runtime.parallel import ParallelLayout, initialize
+from mpo_megatron.scheduling.plan import Pipeline
 from mpo_megatron.scheduling.rows import RowSource
 from mpo_megatron.training.optimizer import build_optimizer, build_schedule, wrap_data_parallel
 from mpo_megatron.training.step import objective_pass, response_logps
@@ -82,7 +83,7 @@ def build(folder: Path, sizes: list[int], wanted: Layout, lr: float = 1e-3, seed
         cost=architecture.cost_model,
         data_parallel=(layout.dp, layout.dp_rank),
         context=(layout.cp, layout.cp_rank),
-        rows_multiple=layout.pp if layout.vpp > 1 else 1,
+        pipeline=Pipeline(layout.pp, layout.vpp),
         device=layout.device,
     )
     return Model(architecture, layout, chunks, optimizer, build_schedule(optimizer, optim, 10), source)
@@ -193,9 +194,11 @@ def gradient_norm(model: Model) -> float:
     """
     square = torch.zeros((), dtype=torch.float64)
     for optimizer in getattr(model.optimizer, "chained_optimizers", [model.optimizer]):
-        square += sum(
-            gradient.double().square().sum() for gradient in optimizer.get_main_grads_for_grad_norm()
+        # Megatron-core 0.16's name, and that of later ones.
+        counted = (
+            getattr(optimizer, "get_main_grads_for_grad_norm", None) or optimizer.get_grads_for_grad_norm
         )
+        square += sum(gradient.double().square().sum() for gradient in counted())
     dist.all_reduce(square, group=model.optimizer.get_grad_stats_parallel_group())
     norm = float(square.sqrt())
     assert abs(float(model.optimizer.get_grad_norm()) - norm) <= 1e-5 * norm

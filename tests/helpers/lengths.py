@@ -37,7 +37,7 @@ def fill(plan: StepPlan, groups: Sequence[GroupLengths]) -> float:
         for row in rank_rows
         for part in row
     )
-    return used / (len(plan.rows) * plan.rows_per_rank * plan.row_tokens)
+    return used / plan.padded_tokens
 
 
 def imbalance(plan: StepPlan, groups: Sequence[GroupLengths], cost: CostModel) -> float:

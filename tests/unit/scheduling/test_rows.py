@@ -6,7 +6,7 @@ import pytest
 
 from mpo_megatron.data import GroupList
 from mpo_megatron.errors import ConfigError
-from mpo_megatron.scheduling.plan import CostModel
+from mpo_megatron.scheduling.plan import CostModel, Pipeline
 from mpo_megatron.scheduling.rows import RowSource, StepRows
 from tests.helpers.models import make_groups
 
@@ -40,7 +40,11 @@ def test_every_response_and_count_is_there_once(max_tokens: int, data_parallel: 
     assert counted == len(SIZES)
     predicted = sum(row.targets.numel() for ranks in of_ranks for step in ranks for row in step.rows)
     assert predicted == sum(len(r) for g in make_groups(SIZES, 50) for r in g.response_ids)
-    assert len({(len(s.rows), s.row_tokens, s.first_pass) for ranks in of_ranks for s in ranks}) == 1
+    assert len({(len(s.rows), s.longest_row, s.first_pass) for ranks in of_ranks for s in ranks}) == 1
+    (fill,) = {step.fill for ranks in of_ranks for step in ranks}
+    padded = sum(row.row_tokens for ranks in of_ranks for row in ranks[0].rows)
+    used = sum(row.used_tokens for ranks in of_ranks for step in ranks for row in step.rows)
+    assert fill == used / padded
     assert (of_ranks[0][0].first_pass > 0) == (of_ranks[0][0].split is not None) == (max_tokens < 1000)
 
 
@@ -81,7 +85,7 @@ def test_the_groups_that_are_split_are_counted() -> None:
 
 
 def test_iterators_are_independent() -> None:
-    ((step,),) = steps(1000, 1, rows_multiple=4)
+    ((step,),) = steps(1000, 1, pipeline=Pipeline(stages=4, chunks=2))
     first, second = step.iterators(2)
     assert list(first) == step.rows == list(second)
     assert len(step.rows) == 4
