@@ -87,6 +87,20 @@ def _chunks(size: int, chunk: int) -> list[slice]:
     return [slice(start, min(start + chunk, size)) for start in range(0, size, chunk)]
 
 
+class _SumByResponse(torch.autograd.Function):
+    """[R] sums of values [N] by their responses; keeps the index alone, where index_add would keep the values too."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, response: Tensor, num_responses: int) -> Tensor:
+        ctx.save_for_backward(response)
+        return values.new_zeros(num_responses).index_add_(0, response, values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (response,) = ctx.saved_tensors
+        return grad.index_select(0, response), None, None
+
+
 class _SumOverContext(torch.autograd.Function):
     """Sum over the context-parallel ranks, each of which then computes the same loss: the gradient goes back as it
     is.
@@ -151,7 +165,7 @@ class ResponseHead(tensor_parallel.ColumnParallelLinear):
         token_logps = _TokenLogProbs.apply(
             predicting, weight[:real], row.targets, first, self.tp_group, self.chunk_size
         )
-        sums = token_logps.new_zeros(row.num_responses).index_add(0, row.target_response, token_logps)
+        sums = _SumByResponse.apply(token_logps, row.target_response, row.num_responses)
         if self.config.context_parallel_size > 1:
             sums = _SumOverContext.apply(sums)
         return sums[:, None, None], None

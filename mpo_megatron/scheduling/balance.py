@@ -51,7 +51,7 @@ def fit(weights: Sequence[int], num_bins: int, capacity: int, goal: float) -> Bi
     out ends as soon as no load is above `goal`.
     """
     # Longest processing time, then evened out, rather than multiway Karmarkar-Karp: on 64 steps of 128 groups from
-    # `tests/helpers/lengths.py` in 24 rows the fullest is 1.058 (longest processing time) or 1.036 (Karmarkar-Karp) of
+    # `benchmarks/plan.py` in 24 rows the fullest row is 1.058 (longest processing time) or 1.036 (Karmarkar-Karp) of
     # the mean before evening out and 1.002 after it from either. Karmarkar-Karp's time grows as items times bins,
     # which rules it out for a single plan of 64k groups in 11k rows.
     bins: Bins = [[] for _ in range(num_bins)]

@@ -28,6 +28,16 @@ MAY_IMPORT = {
     "conversion": {"config", "model", "runtime"},
     "rollout": {"config", "data"},
     "training": {"config", "data", "scheduling", "runtime", "model", "objectives", "conversion", "rollout"},
+    "benchmarks": {
+        "config",
+        "data",
+        "scheduling",
+        "runtime",
+        "model",
+        "objectives",
+        "conversion",
+        "training",
+    },
 }
 # Third parties that a part (or one file of it) does without, even inside functions.
 DOES_WITHOUT = {
@@ -42,7 +52,7 @@ DOES_WITHOUT = {
     "mpo_megatron/rollout": {"megatron"},
 }
 # Not on every machine: imported only where they are used, inside functions.
-NEVER_AT_MODULE_LEVEL = {"transformer_engine", "apex", "flash_attn", "vllm", "wandb"}
+NEVER_AT_MODULE_LEVEL = {"transformer_engine", "apex", "flash_attn", "vllm", "wandb", "trl"}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from mpo_megatron.benchmarks.plan import LLAMA3_8B, fill, imbalance, ultrafeedback_like
 from mpo_megatron.errors import ConfigError
 from mpo_megatron.scheduling.layout import GroupLengths
 from mpo_megatron.scheduling.plan import (
@@ -22,7 +23,6 @@ from mpo_megatron.scheduling.plan import (
     check_plan,
     plan_step,
 )
-from tests.helpers.lengths import LLAMA3_8B_COST, fill, imbalance, ultrafeedback_like
 
 COST = CostModel(per_token=2e3, per_attention_pair=10.0, per_response_token=5e3)
 PIPELINES = [Pipeline(), Pipeline(2), Pipeline(4), Pipeline(2, chunks=2), Pipeline(4, chunks=3)]
@@ -306,7 +306,7 @@ EIGHT = [
 
 def filled(groups: Sequence[GroupLengths], **limits: Any) -> tuple[int, float]:
     """(rows per rank, fill) of a step's plan."""
-    plan = plan_step(groups, cost=LLAMA3_8B_COST, **limits)
+    plan = plan_step(groups, cost=LLAMA3_8B.cost_model, **limits)
     return plan.rows_per_rank, fill(plan, groups)
 
 
@@ -338,13 +338,16 @@ def test_no_other_number_of_rows_takes_less_time(pipeline: Pipeline) -> None:
     used = sum(group.row_tokens(True) for group in groups)
 
     def time(plan: StepPlan) -> float:
-        beside = sum(LLAMA3_8B_COST.of(group, True) for group in groups) - LLAMA3_8B_COST.per_token * used
-        row = LLAMA3_8B_COST.per_token * (plan.longest_row + ROW_OVERHEAD_TOKENS) + beside / (
+        beside = (
+            sum(LLAMA3_8B.cost_model.of(group, True) for group in groups)
+            - LLAMA3_8B.cost_model.per_token * used
+        )
+        row = LLAMA3_8B.cost_model.per_token * (plan.longest_row + ROW_OVERHEAD_TOKENS) + beside / (
             2 * plan.rows_per_rank
         )
         return (plan.rows_per_rank + pipeline.idle_rows) * row
 
-    limits: dict[str, Any] = {"data_parallel": 2, "cost": LLAMA3_8B_COST, "pipeline": pipeline}
+    limits: dict[str, Any] = {"data_parallel": 2, "cost": LLAMA3_8B.cost_model, "pipeline": pipeline}
     least = max(group.row_tokens(True) for group in groups)
     chosen = plan_step(groups, max_tokens=8192, **limits)
     others = [plan_step(groups, max_tokens=budget, **limits) for budget in range(least, 8192, 64)]
@@ -353,7 +356,7 @@ def test_no_other_number_of_rows_takes_less_time(pipeline: Pipeline) -> None:
 
 def test_rows_are_full_and_ranks_balanced_on_lengths_like_those_of_a_real_data_set() -> None:
     groups = ultrafeedback_like(4 * 128, seed=1)
-    cost = LLAMA3_8B_COST
+    cost = LLAMA3_8B.cost_model
     fills, imbalances = [], []
     for start in range(0, len(groups), 128):
         step = groups[start : start + 128]

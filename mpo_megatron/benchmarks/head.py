@@ -1,0 +1,149 @@
+"""The response head against whole logits: bytes that autograd keeps, the peak of what both passes allocate, and
+time.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from mpo_megatron.benchmarks.measure import compare, peak_bytes, saved_bytes
+from mpo_megatron.benchmarks.report import Report
+from mpo_megatron.data import TokenizedGroup
+from mpo_megatron.model.head import ResponseHead
+from mpo_megatron.runtime.device import choose_device
+from mpo_megatron.runtime.parallel import initialize
+from mpo_megatron.scheduling.pack import PackedRow, pack_row
+
+PROMPT = 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """N response tokens, a vocabulary of V, hidden size H."""
+
+    n: int
+    v: int
+    h: int
+
+
+CASES = (Case(512, 49152, 576), Case(2048, 49152, 576), Case(1024, 128256, 576))
+QUICK_CASES = (Case(512, 8192, 576), Case(512, 49152, 576))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options beside those of every benchmark."""
+    parser.add_argument(
+        "--chunk-size", type=int, default=256, help="positions whose logits exist at a time (256)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> Report:
+    """Both heads on the same hidden states and weight, in turns."""
+    torch.set_num_threads(arguments.threads)
+    initialize(choose_device("cpu"))
+    rows: list[list[str]] = []
+    figures: dict[str, float] = {}
+    for case in QUICK_CASES if arguments.quick else CASES:
+        figures = _measure(case, arguments.chunk_size, 2 if arguments.quick else arguments.repeats)
+        rows.append(
+            [
+                f"{case.n} x {case.v} x {case.h}",
+                *(f"{figures[name] / 2**20:.1f}" for name in _MEBIBYTES),
+                f"{figures['time_ratio']:.2f} x",
+            ]
+        )
+    return Report(
+        benchmark="head",
+        columns=[
+            "N x V x H",
+            "kept, MiB",
+            "allowed, MiB",
+            "eager kept, MiB",
+            "peak, MiB",
+            "chunk's logits, MiB",
+            "eager peak, MiB",
+            "CPU time to eager",
+        ],
+        rows=rows,
+        figures=figures,
+        settings={"chunk_size": arguments.chunk_size, "threads": arguments.threads, "precision": "fp32"},
+        notes=[
+            "kept: all that autograd saves but the weight and the hidden states it is given; allowed: N x H x 4 + 16 N",
+            "peak: forward + backward, beyond inputs and the gradients that are returned; figures: of the last case",
+        ],
+    )
+
+
+_MEBIBYTES = (
+    "kept_bytes",
+    "allowed_bytes",
+    "eager_kept_bytes",
+    "peak_bytes",
+    "chunk_bytes",
+    "eager_peak_bytes",
+)
+
+
+def _measure(case: Case, chunk_size: int, repeats: int) -> dict[str, float]:
+    row = _row(case)
+    head = _head(case, chunk_size)
+    head.row = row
+    hidden = torch.randn(row.tokens.numel(), 1, case.h).requires_grad_()
+    weight = head.weight
+    ours: Callable[[], Tensor] = lambda: head(hidden)[0]  # noqa: E731
+    eager = partial(_eager, hidden, weight, row)
+    torch.testing.assert_close(ours().flatten(), eager(), rtol=1e-4, atol=1e-2)
+
+    def both_passes(forward: Callable[[], Tensor]) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(forward().sum(), (hidden, weight))
+
+    returned = 4 * (hidden.numel() + weight.numel())
+    sides = {"ours": lambda: both_passes(ours), "eager": lambda: both_passes(eager)}
+    seconds = compare(sides, repeats=repeats)
+    ratio = statistics.median(seconds["ours"]) / statistics.median(seconds["eager"])
+    leave_out = (weight, hidden)
+    return {
+        "kept_bytes": saved_bytes(ours, leave_out),
+        "allowed_bytes": 4 * case.n * case.h + 16 * case.n,
+        "eager_kept_bytes": saved_bytes(eager, leave_out),
+        "peak_bytes": peak_bytes(sides["ours"]) - returned,
+        "chunk_bytes": 4 * chunk_size * case.v,
+        "eager_peak_bytes": peak_bytes(sides["eager"]) - returned,
+        "time_ratio": ratio,
+    }
+
+
+def _head(case: Case, chunk_size: int) -> ResponseHead:
+    """The head as the model has it: Megatron's output layer, taken over."""
+    config = TransformerConfig(
+        num_layers=1, hidden_size=case.h, num_attention_heads=1, use_cpu_initialization=True
+    )
+    layer = ColumnParallelLinear(
+        case.h, case.v, config=config, init_method=partial(torch.nn.init.normal_, std=0.02), bias=False
+    )
+    ResponseHead.take_over(layer, case.v, chunk_size)
+    return layer
+
+
+def _row(case: Case) -> PackedRow:
+    """One group of four responses, N tokens together."""
+    random = np.random.default_rng(0)
+    responses = list(random.integers(0, case.v, (4, case.n // 4)))
+    scores = np.arange(4.0)
+    group = TokenizedGroup("0", random.integers(0, case.v, PROMPT), responses, scores, scores > 1.5)
+    return pack_row([group], [range(4)], row_tokens=PROMPT + case.n, shared_prompt=True)
+
+
+def _eager(hidden: Tensor, weight: Tensor, row: PackedRow) -> Tensor:
+    """[R] the same sums the usual way: logits of all response positions, log-softmax in float32."""
+    logits = hidden[row.predict_from.long(), 0] @ weight.t()
+    logps = logits.float().log_softmax(-1).gather(1, row.targets.long()[:, None]).squeeze(1)
+    return logps.new_zeros(row.num_responses).index_add(0, row.target_response, logps)

@@ -1,0 +1,92 @@
+"""Time as processor time of this process, and memory as bytes that are counted."""
+
+import gc
+import time
+import weakref
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+def compare(
+    sides: Mapping[str, Callable[[], Any]], *, repeats: int, warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Processor seconds (all threads of this process) of each call of each side.
+
+    The sides take turns, so that a change of the machine's speed meets them alike.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for repeat in range(warm_up + repeats):
+        for name, call in sides.items():
+            gc.collect()
+            start = time.process_time()
+            call()
+            if repeat >= warm_up:
+                seconds[name].append(time.process_time() - start)
+    return seconds
+
+
+def saved_bytes(forward: Callable[[], Any], leave_out: Collection[Tensor] = ()) -> int:
+    """Bytes of the distinct storages that autograd keeps for the backward pass of `forward()`.
+
+    Args:
+        leave_out: tensors whose storages are there anyway.
+    """
+    inputs = {tensor.untyped_storage().data_ptr() for tensor in leave_out}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in inputs:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = forward()
+    del result
+    return sum(kept.values())
+
+
+class _LiveStorages(TorchDispatchMode):
+    """Counts the bytes of storages that operations make, from when they are made until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: set[int] = set()
+        self.live = 0
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor):
+                self.known.add(tensor.untyped_storage()._cdata)
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._made(tensor.untyped_storage())
+        return result
+
+    def _made(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.known:
+            return
+        self.known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._freed, key, size)
+
+    def _freed(self, key: int, size: int) -> None:
+        self.live -= size
+        self.known.discard(key)
+
+
+def peak_bytes(call: Callable[[], Any]) -> int:
+    """Most bytes that tensors made inside `call()` hold at a time; what lies within one operation is not seen."""
+    with _LiveStorages() as storages:
+        result = call()
+    del result
+    return storages.peak

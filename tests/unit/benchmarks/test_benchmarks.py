@@ -1,0 +1,103 @@
+"""The benchmarks' counters by hand, their output, and small real runs of the command."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mpo_megatron.benchmarks.measure import compare, peak_bytes, saved_bytes
+from mpo_megatron.benchmarks.report import Report, show, to_markdown
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_saved_bytes_counts_each_storage_once() -> None:
+    x = torch.zeros(1000, requires_grad=True)
+    weight = torch.ones(1000)
+
+    def forward() -> torch.Tensor:
+        y = x.exp()  # keeps y
+        return (y * weight).sum() + (y * 3).sum()  # keeps y again (and weight: y needs a gradient)
+
+    assert saved_bytes(forward, leave_out=(x, weight)) == 4000
+    assert saved_bytes(forward, leave_out=(x,)) == 8000
+
+
+def test_peak_bytes_forgets_what_is_freed() -> None:
+    x = torch.zeros(1000)
+
+    def call() -> torch.Tensor:
+        y = x * 2
+        z = y.view(10, 100).exp()  # the view is no new storage
+        del y
+        return z + 1
+
+    assert peak_bytes(call) == 8000
+    assert peak_bytes(lambda: x.add_(1)) == 0
+
+
+def test_sides_take_turns() -> None:
+    calls: list[str] = []
+    seconds = compare({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=2, warm_up=1)
+    assert calls == ["a", "b"] * 3
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2}
+
+
+def test_the_line_of_json_is_last(capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report("plan", ["a", "b"], [["x", "1"]], {"fill": 0.97}, {"groups": 4}, ["a note"])
+    show(report)
+    output = capsys.readouterr().out.strip().splitlines()
+    line = json.loads(output[-1])
+    assert (line["benchmark"], line["fill"], line["settings"]["groups"]) == ("plan", 0.97, 4)
+    assert line["settings"].keys() >= {"date", "torch", "megatron-core", "cpu", "cores"}
+    assert output[-2] == "a note"
+    assert "| a | b |\n| --- | ---: |\n| x | 1 |" in to_markdown(report)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "tools/benchmark.py", *arguments],
+        cwd=ROOT, text=True, capture_output=True, check=False,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def figures(*arguments: str) -> dict[str, Any]:
+    result = run(*arguments)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.strip().splitlines()[-1])
+
+
+def test_plan() -> None:
+    found = figures("plan", "--quick")
+    assert found["fill"] >= 0.97
+    assert found["fill_pipeline"] >= 0.95
+    assert max(found["imbalance"], found["imbalance_pipeline"]) <= 1.03
+    assert found["padding_pairs"] > 5 * found["padding"]
+
+
+def test_head_keeps_what_is_allowed(tmp_path: Path) -> None:
+    found = figures("head", "--quick", "--repeats", "1", "--markdown", str(tmp_path / "tables.md"))
+    assert found["kept_bytes"] <= found["allowed_bytes"] < found["eager_kept_bytes"]
+    assert found["peak_bytes"] < found["eager_peak_bytes"]
+    assert "| N x V x H |" in (tmp_path / "tables.md").read_text()
+
+
+def test_two_pass_costs_only_what_is_split() -> None:
+    found = figures("two-pass", "--quick", "--hidden", "64", "--layers", "1", "--vocab", "128")
+    assert found["overhead_whole"] == 1.0
+    assert found["overhead"] > 1
+
+
+def test_errors_are_sentences() -> None:
+    absent = run("trl", "--model", "nowhere")
+    assert (absent.returncode, absent.stdout) == (1, "")
+    assert (
+        absent.stderr.strip().splitlines()[-1].startswith("error: --model nowhere is no Hugging Face folder")
+    )
+    assert "invalid choice" in run("speed").stderr
+    assert "--repeats 0 must be 1 or more" in run("plan", "--repeats", "0").stderr
