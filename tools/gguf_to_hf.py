@@ -108,9 +108,8 @@ def load(gguf: Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     transformers.logging.set_verbosity_error()
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     try:
-        with contextlib.redirect_stderr(
-            io.StringIO()
-        ):  # progress bars that no setting of transformers turns off
+        # Progress bars that no setting of transformers turns off.
+        with contextlib.redirect_stderr(io.StringIO()):
             loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(**source)
     except ImportError as error:

@@ -102,9 +102,8 @@ def _sample_batch(
     logits = output.logits[:, -1].repeat_interleave(samples, dim=0)  # [S, V]
     mask = attention_mask.repeat_interleave(samples, dim=0)  # [S, T + new]
     positions = attention_mask.sum(1).repeat_interleave(samples)  # [S]
-    rows = torch.arange(
-        len(positions), device=positions.device
-    )  # the row of the answer that each cache row makes
+    # The row of the answer that each cache row makes.
+    rows = torch.arange(len(positions), device=positions.device)
     running = torch.ones_like(rows, dtype=torch.bool)
     sampled: list[list[int]] = [[] for _ in rows]
     for _ in range(max_new_tokens):

@@ -44,9 +44,8 @@ def build_optimizer(chunks: list[Any], optim: OptimConfig, clip: float, dtype: t
     )
     for wrapper in _around_torch_adam(optimizer):
         _complete_adam_state(wrapper)
-        for (
-            group
-        ) in wrapper.optimizer.param_groups:  # one pass over parameters and state, not one for each operation
+        # One pass over parameters and state, not one for each operation.
+        for group in wrapper.optimizer.param_groups:
             group["fused"], group["foreach"] = True, False
     return optimizer
 

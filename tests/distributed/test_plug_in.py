@@ -22,9 +22,8 @@ def test_layouts_train_alike(world: int, sizes: dict[str, int], one_rank: list[f
         # Megatron draws the weights of a later stage from the generator's state of that stage, so not those of one
         # rank.
         compared = losses[:1] if "pp" in sizes else losses
-        assert compared == pytest.approx(
-            one_rank[: len(compared)], rel=1e-3
-        )  # Adam makes the most of rounding
+        # Adam makes the most of rounding.
+        assert compared == pytest.approx(one_rank[: len(compared)], rel=1e-3)
         assert losses[-1] < 0.2 * losses[0]
 
 

@@ -71,9 +71,8 @@ def no_tokenising(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_groups_are_what_the_tokenizer_gives(data: Path) -> None:
     built = build(data)
-    expected = [
-        group for group in read_groups(data) if group.id != "g1"
-    ]  # equal scores: no preferred response
+    # g1 has equal scores: no preferred response.
+    expected = [group for group in read_groups(data) if group.id != "g1"]
     tokens = GroupTokenizer(make_tokenizer(CHATML), OPTIONS)(expected)
     assert len(built) == 3
     for i, (group, wanted) in enumerate(zip(expected, tokens, strict=True)):

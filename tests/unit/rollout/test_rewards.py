@@ -44,10 +44,8 @@ def test_constraints_are_averaged():
         ("!!!", 0),
         ("Chlorophyll.", 1.2),  # one word, where 8 are needed
         ("Chlorophyll pigment sun", 4),  # the topic words alone
-        (
-            "I like to eat cake with my friends on a sunday",
-            10,
-        ),  # "sunday" begins with "sun": a known weakness
+        # "sunday" begins with "sun": a known weakness.
+        ("I like to eat cake with my friends on a sunday", 10),
         ("I like to eat cake with my friends every weekend", 4),  # keeps the limit, answers nothing
         (PROMPT, 1),  # an echo
         ("Explain why leaves change colour in autumn.", 1),

@@ -80,9 +80,8 @@ def test_generate_then_score(model, prompts, tmp_path, capsys):
     assert groups[1] == PROMPT_RECORDS[1] | {"responses": groups[1]["responses"]}
     assert "note" not in groups[2]
     assert all(len(group["responses"]) == 2 for group in groups)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [
-        "groups.jsonl"
-    ]  # no temporary file is left
+    # No temporary file is left.
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["groups.jsonl"]
     assert "3 groups of 2 responses" in capsys.readouterr().out
 
     scored_path = tmp_path / "scored.jsonl"
