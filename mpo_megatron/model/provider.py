@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mpo_megatron.errors import ConfigError
 from mpo_megatron.model.architecture import Architecture
-from mpo_megatron.model.attention import choose_backend, use_shared_prompts
+from mpo_megatron.model.attention import use_shared_prompts
 from mpo_megatron.model.head import ResponseHead
 from mpo_megatron.model.norm import RMSNorm
 from mpo_megatron.model.rotary import PositionRotaryEmbedding
@@ -31,12 +31,15 @@ from mpo_megatron.scheduling.pack import PackedRow
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """How the model is built and run, apart from its architecture and the parallel layout."""
+    """How the model is built and run, apart from its architecture and the parallel layout.
+
+    Nothing in it is left to the machine: `uses_transformer_engine` and `choose_backend` decide before.
+    """
 
     dtype: torch.dtype = torch.float32
     sequence_parallel: bool = False
-    transformer_impl: str = "auto"  # auto | transformer_engine | local
-    attention_backend: str = "auto"  # auto | te | varlen | sdpa
+    transformer_engine: bool = False  # the layers come from Transformer Engine
+    attention_backend: str = "sdpa"  # te | varlen | sdpa
     make_vocab_size_divisible_by: int = 128
     head_chunk_size: int = 1024  # positions whose logits exist at a time
     recompute_granularity: str | None = None  # None | selective | full
@@ -73,19 +76,19 @@ class GroupModel(GPTModel):
         )
 
 
-def uses_transformer_engine(options: ModelOptions, device: torch.device) -> bool:
-    """Whether the layers come from Transformer Engine.
+def uses_transformer_engine(name: str, device: torch.device) -> bool:
+    """Resolve `model.transformer_impl`: whether the layers come from Transformer Engine; `auto` takes it if it can run.
 
     Raises:
         ConfigError: it was asked for and is not there.
     """
     available = device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
-    if options.transformer_impl == "transformer_engine" and not available:
+    if name == "transformer_engine" and not available:
         raise ConfigError(
             "model.transformer_impl=transformer_engine needs a GPU and the transformer_engine package; "
             "install it (pip install 'mpo-megatron[te]') or set model.transformer_impl=auto"
         )
-    return available and options.transformer_impl != "local"
+    return available and name != "local"
 
 
 def transformer_config(
@@ -93,7 +96,6 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's configuration of this model at this layout."""
     on_gpu = layout.device.type == "cuda"
-    te = uses_transformer_engine(options, layout.device)
     return TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -124,10 +126,10 @@ def transformer_config(
         perform_initialization=False,  # every weight is read from the checkpoint
         bias_activation_fusion=on_gpu,
         bias_dropout_fusion=on_gpu,
-        apply_rope_fusion=te,
+        apply_rope_fusion=options.transformer_engine,
         masked_softmax_fusion=False,
         # The output layer is Megatron's own even among Transformer Engine's layers, and takes apex's kernel for this.
-        gradient_accumulation_fusion=te
+        gradient_accumulation_fusion=options.transformer_engine
         and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
         recompute_granularity=options.recompute_granularity,
         recompute_method=options.recompute_method,
@@ -138,14 +140,14 @@ def transformer_config(
     )
 
 
-def layer_spec(architecture: Architecture, te: bool, backend: str) -> ModuleSpec:
+def layer_spec(options: ModelOptions) -> ModuleSpec:
     """Megatron's layer spec with shared-prompt attention in it."""
-    if te:
+    if options.transformer_engine:
         spec = get_gpt_layer_with_transformer_engine_spec()
     else:
         spec = get_gpt_layer_local_spec(normalization="RMSNorm")
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
-    return use_shared_prompts(spec, backend)
+    return use_shared_prompts(spec, options.attention_backend)
 
 
 def build_model(
@@ -154,9 +156,6 @@ def build_model(
     """This rank's model chunks (one for each of its virtual pipeline stages), weights not yet filled.
 
     In bf16 they are wrapped in Megatron's Float16Module.
-
-    Raises:
-        ConfigError: a backend or implementation that was asked for is not there.
     """
     config = transformer_config(architecture, layout, options)
     return [_build_chunk(config, architecture, layout, options, stage) for stage in range(layout.vpp)]
@@ -169,12 +168,12 @@ def _build_chunk(
     options: ModelOptions,
     virtual_stage: int,
 ) -> torch.nn.Module:
-    te = uses_transformer_engine(options, layout.device)
-    backend = choose_backend(options.attention_backend, layout.device, options.dtype)
-    spec = layer_spec(architecture, te, backend)
+    spec = layer_spec(options)
     vp_stage = virtual_stage if layout.vpp > 1 else None
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    block: Any = spec if te else TransformerBlockSubmodules([spec] * num_layers, layer_norm=RMSNorm)
+    block: Any = spec
+    if not options.transformer_engine:
+        block = TransformerBlockSubmodules([spec] * num_layers, layer_norm=RMSNorm)
     model = GPTModel(
         config,
         block,

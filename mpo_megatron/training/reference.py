@@ -3,13 +3,14 @@
 A training step compares the policy with the reference, and floating-point sums depend on how rows are cut. So the
 reference runs over the very rows that the first epoch trains on: at step 0 both agree to the last bit and
 every margin is exactly 0. The cache's key therefore holds, beside data and weights, all that shapes those
-rows and their arithmetic.
+rows and their arithmetic: see `reference_key`.
 """
 
 import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from mpo_megatron.runtime.parallel import ParallelLayout
 from mpo_megatron.scheduling.rows import Positions, RowSource
+from mpo_megatron.training.setup import Setup, Split
 from mpo_megatron.training.step import response_logps
 
 
@@ -28,6 +30,33 @@ def weights_fingerprint(folder: str | Path) -> list[Any]:
     path = Path(folder).resolve()
     files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".json"))
     return [str(path), [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]]
+
+
+def reference_key(split: Split, steps: Sequence[Positions], setup: Setup) -> dict[str, Any]:
+    """All that the log-probs of a split's `steps` depend on, to the last bit.
+
+    - `weights`: the files of the starting model; their reference is no other model's.
+    - `data`: the content of the tokenised groups, so whatever made another of it: files, tokenizer, template, lengths.
+    - `plan`: what decides which groups share a row. More steps, another batch or token budget, another order of the
+      training data make other rows, and with them other sums.
+    - `arithmetic`: what changes the rounding within a row: parallel layout, device and threads, precision, which layers
+      and which attention run, the pieces in which the head works and the vocabulary's padding, library versions.
+
+    Left out is what changes none of these, such as the objective, the optimizer and the recomputation of activations:
+    runs that differ in it share a cache.
+    """
+    model, layout, options = setup.config.model, setup.layout, setup.model_options
+    device = "cpu" if layout.device.type == "cpu" else torch.cuda.get_device_name(layout.device)
+    return {
+        "weights": weights_fingerprint(model.restore_from_path),
+        "data": split.dataset.fingerprint,
+        "plan": [len(steps), model.global_batch_size, split.source.max_tokens, split.source.alignment,
+                 model.pack.shared_prompt, setup.config.trainer.seed if split.name == "train" else None],
+        "arithmetic": [layout.sizes, device, str(options.dtype), torch.get_num_threads(),
+                       options.sequence_parallel, options.transformer_engine, options.attention_backend,
+                       options.head_chunk_size, options.make_vocab_size_divisible_by,
+                       torch.__version__, version("megatron-core")],
+    }  # fmt: skip
 
 
 def cache_path(cache_dir: str | Path, key: dict[str, Any]) -> Path:

@@ -16,6 +16,8 @@ from mpo_megatron.config import Config, DataConfig
 from mpo_megatron.data import GroupDataset, TokenizeOptions, build_dataset
 from mpo_megatron.errors import ConfigError, UserError
 from mpo_megatron.model.architecture import Architecture, check_layout, read_architecture
+from mpo_megatron.model.attention import choose_backend
+from mpo_megatron.model.provider import ModelOptions, uses_transformer_engine
 from mpo_megatron.objectives.registry import Objective
 from mpo_megatron.runtime.device import choose_device
 from mpo_megatron.runtime.parallel import ParallelLayout, initialize, raise_together
@@ -44,7 +46,7 @@ class Setup:
     architecture: Architecture
     objective: Objective
     layout: ParallelLayout
-    dtype: torch.dtype
+    model_options: ModelOptions
     train: Split
     validation: Split | None
     steps_per_epoch: int
@@ -73,6 +75,7 @@ def prepare(config: Config) -> Setup:
         weighting=model.mpo.weighting,
     )
     device = choose_device(config.trainer.accelerator)
+    options = model_options(config, device)
     layout = initialize(
         device,
         tp=model.tensor_model_parallel_size,
@@ -100,10 +103,30 @@ def prepare(config: Config) -> Setup:
         architecture=architecture,
         objective=objective,
         layout=layout,
-        dtype=DTYPES[config.precision],
+        model_options=options,
         train=Split("train", train_data, _rows(train_data, config, architecture, layout), train_steps),
         validation=validation,
         steps_per_epoch=per_epoch,
+    )
+
+
+def model_options(config: Config, device: torch.device) -> ModelOptions:
+    """How the configuration says the model is built, with what it leaves to the machine decided here, once.
+
+    Raises:
+        ConfigError: the layers or the attention backend that were asked for cannot run on this machine.
+    """
+    model, dtype = config.model, DTYPES[config.precision]
+    return ModelOptions(
+        dtype=dtype,
+        sequence_parallel=config.sequence_parallel,
+        transformer_engine=uses_transformer_engine(model.transformer_impl, device),
+        attention_backend=choose_backend(model.attention_backend, device, dtype),
+        make_vocab_size_divisible_by=model.make_vocab_size_divisible_by,
+        head_chunk_size=model.head_chunk_size,
+        recompute_granularity=model.activations_checkpoint_granularity,
+        recompute_method=model.activations_checkpoint_method,
+        recompute_num_layers=model.activations_checkpoint_num_layers,
     )
 
 

@@ -320,7 +320,6 @@ def test_bad_data_stops_all_ranks_with_file_and_line(
         ("model.mpo.objective=dpoo", "model.mpo.objective=dpoo is not known; choose one of mpo, wmpo"),
         ("model.mpo.partition=modus", "modus"),
         ("model.max_tokens_per_micro_batch=16", "model.max_tokens_per_micro_batch=16 is less than"),
-        ("model.attention_backend=te", "model.attention_backend=te needs a GPU"),
         ("trainer.devices=3", "is not the 1 ranks that torchrun started"),
         ("model.data.max_length=4096", "is above the model's max_position_embeddings=512"),
     ],
@@ -331,3 +330,12 @@ def test_wrong_configuration_is_one_sentence(
     (error,) = ranks(1).run(job, arguments(inputs, tmp_path / "run", override), timeout=120)
     assert message in error
     assert "\n" not in error
+
+
+@pytest.mark.parametrize("asked", ["model.attention_backend=te", "model.transformer_impl=transformer_engine"])
+def test_what_the_machine_lacks_stops_the_run_before_it_leaves_a_trace(
+    asked: str, inputs: dict[str, Path], ranks: Any, tmp_path: Path
+) -> None:
+    (error,) = ranks(1).run(job, arguments(inputs, tmp_path / "run", asked), timeout=120)
+    assert f"{asked} needs a GPU" in error
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,169 @@
+"""A job before its first step: experiment, model, optimizer, reference log-probs; resumed where it was left."""
+
+import json
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import tensor_parallel
+from torch import Tensor
+
+import mpo_megatron
+from mpo_megatron.conversion.load import load_hf_weights
+from mpo_megatron.errors import CheckpointError, UserError
+from mpo_megatron.model.provider import build_model, unwrap
+from mpo_megatron.runtime.parallel import raise_together
+from mpo_megatron.training.checkpoint import latest_checkpoint, load_checkpoint
+from mpo_megatron.training.experiment import CHECKPOINTS, Experiment, start_experiment
+from mpo_megatron.training.optimizer import build_optimizer, build_schedule, wrap_data_parallel
+from mpo_megatron.training.reference import cache_path, reference_key, reference_logps
+from mpo_megatron.training.report import progress, say
+from mpo_megatron.training.setup import Setup, Split
+
+# Beside a checkpoint: the identity of the run that it belongs to.
+IDENTITY_FILE = "run.json"
+
+
+@dataclass
+class Job:
+    """A run with its model: what the steps need."""
+
+    setup: Setup
+    chunks: list[Any]
+    optimizer: Any
+    schedule: Any
+    references: dict[str, Tensor]  # by split name, [responses of the data set]
+    experiment: Experiment | None  # on rank 0
+    folder: Path
+
+    @property
+    def total_steps(self) -> int:
+        return len(self.setup.train.steps)
+
+    @property
+    def is_main(self) -> bool:
+        return self.setup.layout.is_main
+
+    def log(self, step: int, split: str, values: dict[str, float]) -> None:
+        if self.experiment is not None:
+            self.experiment.log(step, split, values)
+
+
+def build_job(setup: Setup) -> Job:
+    """Open the experiment, build the model with the starting weights and its optimizer, compute the reference.
+
+    Raises:
+        UserError: experiment folder or weights are not as they must be; raised on all ranks alike.
+    """
+    config, layout, options = setup.config, setup.layout, setup.model_options
+    experiment, folder = _open_experiment(setup)
+    if layout.is_main:
+        _introduce(setup, folder)
+
+    tensor_parallel.model_parallel_cuda_manual_seed(config.trainer.seed)
+    chunks = build_model(setup.architecture, layout, options)
+    error = None
+    try:
+        for chunk in chunks:
+            load_hf_weights(unwrap(chunk), setup.architecture, layout, config.model.restore_from_path)
+    except UserError as caught:
+        error = caught
+    raise_together(error, layout)
+    chunks = wrap_data_parallel(chunks, config.model.optim.distributed)
+    optimizer = build_optimizer(chunks, config.model.optim, config.trainer.gradient_clip_val, options.dtype)
+    schedule = build_schedule(optimizer, config.model.optim, len(setup.train.steps))
+    splits = [setup.train] + ([setup.validation] if setup.validation else [])
+    references = {split.name: _reference(split, chunks, setup) for split in splits}
+    return Job(setup, chunks, optimizer, schedule, references, experiment, folder)
+
+
+def _open_experiment(setup: Setup) -> tuple[Experiment | None, Path]:
+    """The experiment, on rank 0, and its folder, on all ranks."""
+    experiment, error = None, None
+    if setup.layout.is_main:
+        try:
+            experiment = start_experiment(setup.config)
+        except UserError as caught:
+            error = caught
+    raise_together(error, setup.layout)
+    folder = [str(experiment.folder) if experiment else ""]
+    dist.broadcast_object_list(folder, src=0)
+    return experiment, Path(folder[0])
+
+
+def _introduce(setup: Setup, folder: Path) -> None:
+    """The first lines of a run: what, on what, with which data, where the results go."""
+    config, layout, architecture = setup.config, setup.layout, setup.architecture
+    model = config.model
+    layers = "Transformer Engine" if setup.model_options.transformer_engine else "local"
+    device = "CPU" if layout.device.type == "cpu" else torch.cuda.get_device_name(layout.device)
+    steps, per_epoch = len(setup.train.steps), setup.steps_per_epoch
+    lines = [
+        f"mpo_megatron {mpo_megatron.__version__}, megatron-core {version('megatron-core')}, torch {torch.__version__}",
+        f"model       {model.restore_from_path}: {architecture.num_parameters / 1e6:.0f}M parameters, "
+        f"{architecture.num_layers} layers",
+        f"runs on     {layout}, {device}, {config.precision if config.precision == 'bf16' else 'fp32'}, "
+        f"{layers} layers, {setup.model_options.attention_backend} attention",
+        f"objective   {model.mpo.objective}, beta {model.mpo.beta:g}, alpha {model.mpo.alpha:g}, "
+        f"{model.mpo.weighting} weighting, learning rate {model.optim.lr:g}",
+        f"training    {setup.train.dataset.report}",
+    ]
+    if setup.validation:
+        lines.append(f"validation  {setup.validation.dataset.report}")
+    split = setup.train.source.count_split()
+    lines += [
+        f"rows        at most {model.max_tokens_per_micro_batch} tokens; "
+        + (f"{split} groups are larger and run in two passes" if split else "every group fits one"),
+        f"steps       {steps} of {model.global_batch_size} groups ({steps / per_epoch:.2g} epochs)",
+        f"results in  {folder}",
+    ]
+    for line in lines:
+        say(line)
+
+
+def _reference(split: Split, chunks: list[Any], setup: Setup) -> Tensor:
+    """The split's reference log-probs over the rows of its first pass; see `reference`."""
+    steps = split.steps[: setup.steps_per_epoch] if split.name == "train" else split.steps
+    path = cache_path(setup.config.model.data.cache_dir, reference_key(split, steps, setup))
+    bar = progress(f"reference, {split.name}", "step", setup.layout.is_main)
+    return reference_logps(chunks, split.source, steps, setup.layout, path, bar)
+
+
+def resume(job: Job) -> int:
+    """Load the newest checkpoint of a run that is to be resumed. Returns the steps that are done."""
+    if not job.setup.config.exp_manager.get("resume_if_exists"):
+        return 0
+    path = latest_checkpoint(job.folder / CHECKPOINTS)
+    if path is None:
+        if job.experiment is not None:
+            job.experiment.rewind(-1)  # a start that came to no checkpoint is started anew
+        return 0
+    _check_same_run(path, job)
+    step = load_checkpoint(path, job.chunks, job.optimizer, job.schedule)
+    if job.experiment is not None:
+        job.experiment.rewind(step)
+        say(f"resumed at step {step} from {path}")
+    return step
+
+
+def identity(job: Job) -> dict[str, Any]:
+    """What the position of a run, its count of steps, refers to."""
+    config = job.setup.config
+    return {
+        "model.data.train": job.setup.train.dataset.fingerprint,
+        "model.global_batch_size": config.model.global_batch_size,
+        "trainer.seed": config.trainer.seed,
+    }
+
+
+def _check_same_run(path: Path, job: Job) -> None:
+    saved = json.loads((path / IDENTITY_FILE).read_text(encoding="utf-8"))
+    for key, value in identity(job).items():
+        if saved.get(key) != value:
+            raise CheckpointError(
+                f"{path} was saved with another {key} ({saved.get(key)}, now {value}), so its steps are not this "
+                "run's; set it back, or start anew in another folder"
+            )
