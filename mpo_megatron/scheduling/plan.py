@@ -152,7 +152,7 @@ def plan_step(
     Raises:
         ConfigError: a prompt with one of its responses is above the budget.
     """
-    _check_budget(groups, max_tokens)
+    check_budget(groups, max_tokens)
     tokens_of_groups = [group.row_tokens(shared_prompt) for group in groups]
     split = tuple(i for i, tokens in enumerate(tokens_of_groups) if tokens > max_tokens)
     pieces = [Part(i, piece) for i in split for piece in _cut(groups[i], max_tokens, shared_prompt)]
@@ -185,7 +185,7 @@ def plan_step(
     )
 
 
-def _check_budget(groups: Sequence[GroupLengths], max_tokens: int) -> None:
+def check_budget(groups: Sequence[GroupLengths], max_tokens: int) -> None:
     """Raise ConfigError if a prompt with its longest response does not fit a row."""
     needed = [group.prompt + max(group.responses) for group in groups]
     largest = max(needed, default=0)

@@ -21,6 +21,7 @@ from mpo_megatron.scheduling.plan import (
     Part,
     Pipeline,
     StepPlan,
+    check_budget,
     check_plan,
     plan_step,
 )
@@ -98,6 +99,9 @@ class RowSource:
         context: (number of context-parallel ranks, this rank's place).
         pipeline: stages and model chunks on each, which set the number and lengths of rows.
         device: where the rows' tensors go.
+
+    Raises:
+        ConfigError: a prompt with one of its responses is above the token budget.
     """
 
     def __init__(
@@ -122,6 +126,12 @@ class RowSource:
         self.context = context
         self.pipeline = pipeline
         self.device = device
+        # Now, rather than at the step that a group too long comes in.
+        if len(dataset):
+            prompts = np.repeat(dataset.prompt_lengths, np.diff(dataset.response_offsets))
+            longest = int(np.argmax(prompts + dataset.response_lengths))
+            alone = GroupLengths(int(prompts[longest]), (int(dataset.response_lengths[longest]),))
+            check_budget([alone], max_tokens)
 
     def _size(self, position: int) -> int:
         first, stop = self.dataset.response_offsets[position : position + 2]
@@ -139,9 +149,8 @@ class RowSource:
         """Groups of the data set that are larger than a row, and so run in two passes."""
         offsets, prompts = self.dataset.response_offsets, self.dataset.prompt_lengths
         copies = 1 if self.shared_prompt else np.diff(offsets)
-        responses = np.add.reduceat(
-            self.dataset.response_lengths, offsets[:-1]
-        )  # no group is without responses
+        # No group is without responses.
+        responses = np.add.reduceat(self.dataset.response_lengths, offsets[:-1])
         return int((prompts * copies + responses > self.max_tokens).sum())
 
     def plan(self, positions: Positions) -> StepPlan:
