@@ -109,6 +109,8 @@ class ModelConfig:
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int | None = None
+    num_layers_in_first_pipeline_stage: int | None = None  # None: as many as the other stages
+    num_layers_in_last_pipeline_stage: int | None = None
     context_parallel_size: int = 1
     sequence_parallel: bool | None = None  # None: with tensor parallelism
     transformer_impl: str = "auto"  # auto | transformer_engine | local
@@ -281,14 +283,7 @@ def _check(config: Config) -> None:
             f"trainer.val_check_interval={trainer.val_check_interval} must be a whole number of steps, or below 1"
         )
 
-    virtual = model.virtual_pipeline_model_parallel_size
-    if virtual is not None:
-        _at_least("model.virtual_pipeline_model_parallel_size", virtual, 1)
-        if virtual > 1 and model.pipeline_model_parallel_size == 1:
-            raise ConfigError(
-                f"model.virtual_pipeline_model_parallel_size={virtual} interleaves the stages of a pipeline and needs "
-                "pipeline_model_parallel_size > 1; raise it or remove virtual_pipeline_model_parallel_size"
-            )
+    _check_pipeline(model)
     if model.sequence_parallel and model.tensor_model_parallel_size == 1:
         raise ConfigError(
             "model.sequence_parallel=true needs tensor_model_parallel_size > 1; "
@@ -323,6 +318,26 @@ def _check(config: Config) -> None:
             f"model.data.max_length={data.max_length} leaves no room for a response after a prompt of "
             f"model.data.max_prompt_length={data.max_prompt_length} tokens; raise the first or lower the second"
         )
+
+
+def _check_pipeline(model: ModelConfig) -> None:
+    virtual = model.virtual_pipeline_model_parallel_size
+    if virtual is not None:
+        _at_least("model.virtual_pipeline_model_parallel_size", virtual, 1)
+        if virtual > 1 and model.pipeline_model_parallel_size == 1:
+            raise ConfigError(
+                f"model.virtual_pipeline_model_parallel_size={virtual} interleaves the stages of a pipeline and needs "
+                "pipeline_model_parallel_size > 1; raise it or remove virtual_pipeline_model_parallel_size"
+            )
+    for name in ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"):
+        layers = getattr(model, name)
+        if layers is not None:
+            _at_least(f"model.{name}", layers, 1)
+            if model.pipeline_model_parallel_size == 1:
+                raise ConfigError(
+                    f"model.{name}={layers} is for one stage of a pipeline and needs "
+                    f"pipeline_model_parallel_size > 1; raise it or remove {name}"
+                )
 
 
 def _one_of(name: str, value: Any, allowed: Collection[str]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mpo_megatron.errors import ConfigError
+from mpo_megatron.model.stages import check_stages
 from mpo_megatron.scheduling.plan import CostModel
 
 # Families whose decoder block is Llama's: pre-norm RMSNorm, rotary GQA attention, SwiGLU, no biases.
@@ -143,8 +144,21 @@ def _rope_parameters(config: Any) -> dict[str, Any]:
     return {"rope_theta": config.rope_theta, **scaling}
 
 
-def check_layout(architecture: Architecture, *, tp: int, pp: int, max_length: int, vpp: int = 1) -> None:
+def check_layout(
+    architecture: Architecture,
+    *,
+    tp: int,
+    pp: int,
+    max_length: int,
+    vpp: int = 1,
+    first_stage: int | None = None,
+    last_stage: int | None = None,
+) -> None:
     """Check that the model can be cut as asked and is used within what it was made for.
+
+    Args:
+        first_stage: layers of the first pipeline stage, None: as many as the others.
+        last_stage: layers of the last.
 
     Raises:
         ConfigError: a size does not divide, or `data.max_length` is above what the model attends to.
@@ -161,19 +175,7 @@ def check_layout(architecture: Architecture, *, tp: int, pp: int, max_length: in
             f"model.tensor_model_parallel_size={tp} does not divide the model's feed-forward size "
             f"{architecture.ffn_hidden_size}; use a divisor of it"
         )
-    if architecture.num_layers % pp:
-        fitting = [n for n in range(1, architecture.num_layers + 1) if not architecture.num_layers % n]
-        raise ConfigError(
-            f"model.pipeline_model_parallel_size={pp} does not divide the model's {architecture.num_layers} layers; "
-            f"use one of {', '.join(map(str, fitting))}"
-        )
-    per_stage = architecture.num_layers // pp
-    if per_stage % vpp:
-        fitting = [n for n in range(1, per_stage + 1) if not per_stage % n]
-        raise ConfigError(
-            f"model.virtual_pipeline_model_parallel_size={vpp} does not divide the {per_stage} layers of a pipeline "
-            f"stage; use one of {', '.join(map(str, fitting))}"
-        )
+    check_stages(architecture.num_layers, pp, vpp, first_stage, last_stage)
     for limit, name in (
         (architecture.max_positions, "max_position_embeddings"),
         (architecture.sliding_window, "sliding_window"),

@@ -45,6 +45,8 @@ class ModelOptions:
     recompute_granularity: str | None = None  # None | selective | full
     recompute_method: str | None = None  # uniform | block, for full
     recompute_num_layers: int | None = None
+    num_layers_in_first_pipeline_stage: int | None = None  # None: as many as the other stages
+    num_layers_in_last_pipeline_stage: int | None = None
 
 
 class GroupModel(GPTModel):
@@ -96,6 +98,11 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's configuration of this model at this layout."""
     on_gpu = layout.device.type == "cuda"
+    first, last = options.num_layers_in_first_pipeline_stage, options.num_layers_in_last_pipeline_stage
+    if layout.pp == 2 and first is not None:
+        # The first stage's says it all. Given both, Megatron divides by the number of stages between them to find the
+        # layers of an interleaved chunk.
+        last = None
     return TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -116,6 +123,8 @@ def transformer_config(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        num_layers_in_first_pipeline_stage=first,
+        num_layers_in_last_pipeline_stage=last,
         # With two stages the same two ranks send both ways at once, and batched sends and receives mix the ways up:
         # interleaving needs each on its own.
         overlap_p2p_comm=layout.vpp > 1,

@@ -65,6 +65,8 @@ def prepare(config: Config) -> Setup:
         tp=model.tensor_model_parallel_size,
         pp=model.pipeline_model_parallel_size,
         vpp=model.virtual_pipeline_model_parallel_size or 1,
+        first_stage=model.num_layers_in_first_pipeline_stage,
+        last_stage=model.num_layers_in_last_pipeline_stage,
         max_length=model.data.max_length,
     )
     check_export_path(config)
@@ -127,6 +129,8 @@ def model_options(config: Config, device: torch.device) -> ModelOptions:
         recompute_granularity=model.activations_checkpoint_granularity,
         recompute_method=model.activations_checkpoint_method,
         recompute_num_layers=model.activations_checkpoint_num_layers,
+        num_layers_in_first_pipeline_stage=model.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=model.num_layers_in_last_pipeline_stage,
     )
 
 

@@ -11,6 +11,7 @@ from tests.distributed.jobs import Layout, build, gradients, logps
 from tests.helpers.models import make_llama
 
 SIZES = [3, 4, 2, 5]
+FIRST, LAST = "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"
 
 
 def train(
@@ -79,6 +80,22 @@ def test_resume_goes_on_as_if_unbroken(
     for values, lr in results:
         torch.testing.assert_close(values, unbroken[0], rtol=1e-4, atol=1e-3)
         assert lr == pytest.approx(unbroken[1])
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["plain optimizer", "distributed optimizer"])
+def test_uneven_stages_resume_at_other_stages_and_back(sharded: bool, ranks: Any, tmp_path: Path) -> None:
+    folder = make_llama(tmp_path / "model", num_hidden_layers=6)
+    checkpoints = tmp_path / "checkpoints"
+    uneven = (2, Layout(pp=2, vpp=2, distributed_optimizer=sharded, options={FIRST: 2}))
+    three = (3, Layout(pp=3, distributed_optimizer=sharded, options={FIRST: 1, LAST: 1}))
+    one = (1, Layout(distributed_optimizer=sharded))
+    ((expected, _),) = ranks(1).run(train, folder, Layout(), 4, None, None)
+    found: list[torch.Tensor] = []
+    for done, (world, layout) in enumerate((uneven, three, one, uneven)):
+        resume = checkpoints if done else None
+        found = [values for values, _ in ranks(world).run(train, folder, layout, 1, resume, checkpoints)]
+    for values in found:
+        torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-3)
 
 
 def test_bfloat16_keeps_its_master_weights(folder: Path, ranks: Any, tmp_path: Path) -> None:

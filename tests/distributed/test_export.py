@@ -12,6 +12,7 @@ from mpo_megatron.conversion.hf_folder import INDEX, WeightReader
 from tests.distributed.jobs import Layout, export, train_and_export
 from tests.helpers.models import hugging_face_logps, make_groups, make_llama
 
+FIRST, LAST = "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -30,6 +31,8 @@ LLAMA3_ROPE = {
         (2, Layout(pp=2)),
         (4, Layout(tp=2, pp=2)),
         (2, Layout(pp=2, vpp=2)),
+        (2, Layout(pp=2, options={FIRST: 1})),
+        (3, Layout(pp=3, options={FIRST: 1, LAST: 1})),
         (2, Layout(cp=2)),
     ],
 )

@@ -28,6 +28,7 @@ REPEATED_BUDGETS = {"whole": 208, "mixed": 80, "split": 40}
 SPLIT = {"whole": 0, "mixed": 2, "split": 4}  # of the groups
 RTOL = 1e-10
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+FIRST, LAST = "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"
 SELECTIVE = {"recompute_granularity": "selective"}
 CASES = {
     "one rank": (1, Layout()),
@@ -42,6 +43,11 @@ CASES = {
     "pp2 vpp2": (2, Layout(pp=2, vpp=2)),
     "pp2 vpp2, full recompute": (2, Layout(pp=2, vpp=2, options=FULL)),
     "pp4": (4, Layout(pp=4)),
+    "pp2, one layer in the first stage": (2, Layout(pp=2, options={FIRST: 1})),
+    "pp2, one layer in the last stage": (2, Layout(pp=2, options={LAST: 1})),
+    "pp2, 3 layers and 1": (2, Layout(pp=2, options={FIRST: 3, LAST: 1})),
+    "pp3, 1, 2 and 1 layers": (3, Layout(pp=3, options={FIRST: 1, LAST: 1})),
+    "pp3, 1, 2 and 1 layers, full recompute": (3, Layout(pp=3, options={FIRST: 1, LAST: 1, **FULL})),
     "cp2": (2, Layout(cp=2)),
     "cp2, selective recompute": (2, Layout(cp=2, options=SELECTIVE)),
     "cp2 tp2": (4, Layout(cp=2, tp=2)),
@@ -71,6 +77,16 @@ def baseline(model: Path, ranks: Any, tmp_path_factory: pytest.TempPathFactory) 
     output = tmp_path_factory.mktemp("baseline")
     ((result,), gradients) = run(ranks(1), model, layout, output, {"whole": 4096})
     return {**result, "gradients": gradients}
+
+
+@pytest.fixture(scope="module")
+def deeper(ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A model of 6 layers, which two chunks on each of two stages can hold as 2 and 4; and its baseline."""
+    folder = make_llama(tmp_path_factory.mktemp("deeper"), num_hidden_layers=6, initializer_range=0.15)
+    layout = Layout(shared_prompt=False, precision=torch.float64)
+    output = tmp_path_factory.mktemp("baseline of deeper")
+    ((result,), gradients) = run(ranks(1), folder, layout, output, {"whole": 4096})
+    return folder, {**result, "gradients": gradients}
 
 
 def run(
@@ -133,6 +149,15 @@ def test_layout_is_exact(
     assert_same(results, gradients, baseline)
     for result in results:
         torch.testing.assert_close(result["after"], baseline["after"], rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("ends", [{FIRST: 2}, {LAST: 2}, {FIRST: 4, LAST: 2}])
+def test_interleaved_stages_of_unequal_size_are_exact(
+    ends: dict[str, int], deeper: tuple[Path, dict[str, Any]], ranks: Any, tmp_path: Path
+) -> None:
+    folder, expected = deeper
+    layout = Layout(pp=2, vpp=2, precision=torch.float64, options=ends)
+    assert_same(*run(ranks(2), folder, layout, tmp_path), expected)
 
 
 @pytest.mark.parametrize("layout", [(2, Layout()), (4, Layout(tp=2)), (4, Layout(pp=2)), (4, Layout(cp=2))])

@@ -98,9 +98,17 @@ def one_rank(inputs: dict[str, Path], ranks: Any, tmp_path_factory: pytest.TempP
         (2, ["model.tensor_model_parallel_size=2"]),
         (4, ["model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2"]),
         (2, ["model.pipeline_model_parallel_size=2", "model.virtual_pipeline_model_parallel_size=2"]),
+        (
+            3,
+            [
+                "model.pipeline_model_parallel_size=3",
+                "model.num_layers_in_first_pipeline_stage=1",
+                "model.num_layers_in_last_pipeline_stage=1",
+            ],
+        ),
         (4, ["model.context_parallel_size=2"]),
     ],
-    ids=["pp2", "dp2", "tp2", "tp2-pp2", "pp2-vpp2", "cp2-dp2"],
+    ids=["pp2", "dp2", "tp2", "tp2-pp2", "pp2-vpp2", "pp3-uneven", "cp2-dp2"],
 )
 def test_layouts_train_alike(
     world: int, more: list[str], inputs: dict[str, Path], one_rank: Path, ranks: Any, tmp_path: Path

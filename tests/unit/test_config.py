@@ -67,6 +67,23 @@ def test_sequence_parallelism_comes_with_tensor_parallelism() -> None:
             "model.virtual_pipeline_model_parallel_size=2",
             "virtual_pipeline_model_parallel_size=2 interleaves the stages of a pipeline and needs",
         ),
+        (
+            "model.num_layers_in_first_pipeline_stage=7",
+            "model.num_layers_in_first_pipeline_stage=7 is for one stage of a pipeline and needs "
+            "pipeline_model_parallel_size > 1; raise it or remove num_layers_in_first_pipeline_stage",
+        ),
+        (
+            "model.num_layers_in_last_pipeline_stage=7",
+            "model.num_layers_in_last_pipeline_stage=7 is for one stage of a pipeline and needs",
+        ),
+        (
+            "model.num_layers_in_first_pipeline_stage=0",
+            "model.num_layers_in_first_pipeline_stage=0 must be 1 or more",
+        ),
+        (
+            "model.num_layers_in_last_pipeline_stage=-1",
+            "model.num_layers_in_last_pipeline_stage=-1 must be 1 or more",
+        ),
         ("model.context_parallel_size=0", "model.context_parallel_size=0 must be 1 or more"),
         ("model.sequence_parallel=true", "needs tensor_model_parallel_size > 1"),
         ("model.data.max_length=100", "leaves no room for a response"),

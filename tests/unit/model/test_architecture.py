@@ -92,9 +92,15 @@ def test_layout_rules_name_the_fix() -> None:
         check_layout(a, tp=2, pp=1, max_length=512)
     with pytest.raises(
         ConfigError,
-        match=r"pipeline_model_parallel_size=4 does not divide .* 6 layers; use one of 1, 2, 3, 6",
+        match=r"pipeline_model_parallel_size=4 does not divide .* 6 layers; set .*to one of 1, 2, 3, 6",
     ):
         check_layout(a, tp=1, pp=4, max_length=512)
+    check_layout(a, tp=1, pp=4, max_length=512, first_stage=1, last_stage=1)
+    with pytest.raises(
+        ConfigError, match=r"virtual_pipeline_model_parallel_size=2 does not divide the 3 layers"
+    ):
+        check_layout(a, tp=1, pp=2, vpp=2, max_length=512)
+    check_layout(a, tp=1, pp=2, vpp=2, max_length=512, first_stage=4)
     with pytest.raises(ConfigError, match=r"max_length=513 is above the model's max_position_embeddings=512"):
         check_layout(a, tp=1, pp=1, max_length=513)
 
