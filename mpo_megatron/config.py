@@ -32,9 +32,8 @@ class TrainerConfig:
     max_epochs: int = 1
     max_steps: int = -1  # optimizer steps, over as many epochs as they take; -1: all of max_epochs
     log_every_n_steps: int = 1
-    val_check_interval: float = (
-        0  # steps between validations (>= 1), a part of an epoch (< 1), or 0: at start and end only
-    )
+    # Steps between validations (>= 1), a part of an epoch (< 1), or 0: at start and end only.
+    val_check_interval: float = 0
     limit_val_batches: int | None = None  # validation steps of global_batch_size groups; None: all
     save_interval: int = 0  # steps between checkpoints; 0: at the end only
     save_at_end: bool = True
@@ -45,9 +44,8 @@ class TrainerConfig:
 class PackConfig:
     """How groups lie in a row."""
 
-    shared_prompt: bool = (
-        True  # False stores a prompt once per response: the same loss, slower; for comparison
-    )
+    # False stores a prompt once per response: the same loss, slower; for comparison.
+    shared_prompt: bool = True
 
 
 @dataclass(frozen=True)
@@ -103,9 +101,8 @@ class ModelConfig:
     """The model, its layout, and what it is trained on."""
 
     restore_from_path: str = MISSING  # a Hugging Face folder
-    export_path: str | None = (
-        None  # where the trained Hugging Face folder goes; None: <experiment folder>/hf; "": nowhere
-    )
+    # Where the trained Hugging Face folder goes; None: <experiment folder>/hf; "": nowhere.
+    export_path: str | None = None
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int | None = None
