@@ -16,6 +16,7 @@ heads of this rank, D head size.
 
 import importlib.util
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,10 +37,13 @@ Backend = Callable[[Tensor, Tensor, Tensor, RowParams], Tensor]
 VarlenKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, params: RowParams) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, params: RowParams, scale: float | None = None) -> Tensor:
     """One scaled_dot_product_attention call per segment, at the cost of the segment's own attention pairs.
 
     Rows are split once rather than sliced for each segment: the backward pass of a slice fills and adds a whole row.
+
+    Args:
+        scale: what scores are multiplied with; None for 1 / sqrt(D), here and in the other backends.
     """
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))  # [1, heads, T, D]
     gqa = q.size(1) != k.size(1)
@@ -55,6 +59,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, params: RowParams) -> Tensor:
                 _join(values, segment.keys),
                 attn_mask=mask,
                 is_causal=mask is None,
+                scale=scale,
                 enable_gqa=gqa,
             )
         )
@@ -92,21 +97,21 @@ def varlen(kernel: VarlenKernel) -> Backend:
     return attend
 
 
-def _flash_attn_kernel() -> VarlenKernel:
+def _flash_attn_kernel(scale: float | None) -> VarlenKernel:
     from flash_attn import flash_attn_varlen_func
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> Tensor:
-        return flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, causal=True)
+        return flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scale, causal=True)
 
     return kernel
 
 
-def _torch_kernel() -> VarlenKernel:
+def _torch_kernel(scale: float | None) -> VarlenKernel:
     from torch.nn.attention.varlen import varlen_attn
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> Tensor:
         gqa = q.size(1) != k.size(1)
-        out = varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(-1, 0), enable_gqa=gqa)
+        out = varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=(-1, 0), enable_gqa=gqa)
         assert isinstance(out, Tensor)
         return out
 
@@ -147,12 +152,13 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def make_backend(name: str, config: TransformerConfig, layer_number: int) -> Backend:
-    """The backend of that name for one layer; `name` comes from `choose_backend`."""
+    """The backend of that name for one layer; `name` comes from `choose_backend`, the scale of scores from `config`."""
+    scale = config.softmax_scale
     if name == "sdpa":
-        return sdpa
+        return partial(sdpa, scale=scale)
     if name == "varlen":
         has_package = importlib.util.find_spec("flash_attn") is not None
-        return varlen(_flash_attn_kernel() if has_package else _torch_kernel())
+        return varlen((_flash_attn_kernel if has_package else _torch_kernel)(scale))
     assert name == "te", name
     return varlen(_te_kernel(config, layer_number))
 
@@ -166,6 +172,7 @@ def _te_kernel(config: TransformerConfig, layer_number: int) -> VarlenKernel:
         kv_channels=config.kv_channels,
         num_gqa_groups=config.num_query_groups // tp,
         attention_dropout=0.0,
+        softmax_scale=config.softmax_scale,
         qkv_format="thd",
         attn_mask_type="padding_causal_bottom_right",
         layer_number=layer_number,

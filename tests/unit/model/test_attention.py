@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mpo_megatron.errors import ConfigError
-from mpo_megatron.model.attention import Backend, choose_backend, sdpa, varlen
+from mpo_megatron.model.attention import Backend, choose_backend, make_backend, sdpa, varlen
 from mpo_megatron.model.segments import RowParams
 from mpo_megatron.scheduling.pack import pack_row
 from tests.helpers.models import make_groups
@@ -87,6 +88,17 @@ def test_backends_compute_the_definition(backend: Backend, shared_prompt: bool) 
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-11)
         assert a.grad is not None
         assert a.grad.abs().sum() > 0
+
+
+def test_scores_are_scaled_as_the_config_says() -> None:
+    q, k, v = inputs(TOKENS)
+    for scale in (None, 0.3):
+        config = TransformerConfig(
+            num_layers=1, hidden_size=SIZE * HEADS, num_attention_heads=HEADS, softmax_scale=scale
+        )
+        out = make_backend("sdpa", config, 1)(q, k, v, params())
+        wanted = dense(q if scale is None else q * scale * SIZE**0.5, k, v, params())
+        torch.testing.assert_close(out, wanted, rtol=1e-10, atol=1e-12)
 
 
 @BACKENDS
