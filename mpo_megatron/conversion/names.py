@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mpo_megatron.conversion import transforms
-from mpo_megatron.model.architecture import Architecture
+from mpo_megatron.model.architecture import Architecture, Family
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,33 @@ LLAMA_LAYER = (
     ),
     Entry((_LAYER + "mlp.linear_fc2.weight",), (_HF_LAYER + "mlp.down_proj.weight",), transforms.COLUMNS),
 )
+QKV_BIAS = (
+    Entry(
+        (_LAYER + "self_attention.linear_qkv.bias",),
+        tuple(_HF_LAYER + f"self_attn.{name}_proj.bias" for name in "qkv"),
+        transforms.QKV,
+    ),
+)
+QK_NORM = tuple(
+    Entry(
+        (_LAYER + f"self_attention.{name}_layernorm.weight",),
+        (_HF_LAYER + f"self_attn.{name}_norm.weight",),
+        transforms.REPLICATED,
+    )
+    for name in "qk"
+)
+
+
+def layer_entries(block: Family) -> tuple[Entry, ...]:
+    """The parameters of one layer of a family."""
+    return LLAMA_LAYER + (QKV_BIAS if block.qkv_bias else ()) + (QK_NORM if block.qk_norm else ())
 
 
 def entries(architecture: Architecture) -> Iterator[Entry]:
     """The parameters of the whole model in order, layer numbers filled in; each Hugging Face tensor is in one."""
     yield EMBEDDING
     for i in range(architecture.num_layers):
-        for entry in LLAMA_LAYER:
+        for entry in layer_entries(architecture.block):
             yield Entry(
                 tuple(name.format(i=i) for name in entry.megatron),
                 tuple(name.format(i=i) for name in entry.hugging_face),

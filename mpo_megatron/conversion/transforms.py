@@ -73,7 +73,9 @@ def _join_gate_up(shards: Sequence[Tensor], cut: Cut) -> list[Tensor]:
 
 
 def _cut_qkv(sources: Sequence[Lazy], cut: Cut) -> Tensor:
-    """[(Q + 2K) D / ranks, H]: for each key-value head, its query heads, then the key, then the value."""
+    """[(Q + 2K) D / ranks, H], of biases [(Q + 2K) D / ranks]: for each key-value head, its query heads, then the key,
+    then the value.
+    """
     architecture = cut.architecture
     size, kv_heads = architecture.head_dim, architecture.num_kv_heads
     per_group = architecture.num_heads // kv_heads

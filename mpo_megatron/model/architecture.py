@@ -9,13 +9,31 @@ from mpo_megatron.errors import ConfigError
 from mpo_megatron.model.stages import check_stages
 from mpo_megatron.scheduling.plan import CostModel
 
-# Families whose decoder block is Llama's: pre-norm RMSNorm, rotary GQA attention, SwiGLU, no biases.
-FAMILIES = ("llama", "mistral")
+
+@dataclass(frozen=True)
+class Family:
+    """What a decoder block has beside Llama's: pre-norm RMSNorm, rotary GQA attention, SwiGLU, no biases."""
+
+    qkv_bias: bool = False  # on queries, keys and values; none on the output projection
+    qk_norm: bool = False  # RMSNorm over each head of queries and keys, before they are rotated
+
+
+# By model_type in config.json. `conversion.names` has the tensors' names.
+FAMILIES = {
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(qkv_bias=True),
+    "qwen3": Family(qk_norm=True),
+}
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes of a Llama-like decoder. `inverse_frequencies` are RoPE's, [head_dim / 2], rope scaling included."""
+    """Sizes of a Llama-like decoder.
+
+    `inverse_frequencies` are RoPE's, [head_dim / 2], rope scaling included; `attention_factor` is what yarn multiplies
+    the rotated queries and the rotated keys with.
+    """
 
     family: str
     num_layers: int
@@ -30,6 +48,17 @@ class Architecture:
     tied_embeddings: bool
     sliding_window: int | None
     inverse_frequencies: tuple[float, ...]
+    attention_factor: float = 1.0
+
+    @property
+    def block(self) -> Family:
+        """What the family's decoder block has beside Llama's."""
+        return FAMILIES[self.family]
+
+    @property
+    def softmax_scale(self) -> float:
+        """What attention scores q k are multiplied with: 1 / sqrt(head_dim), and yarn's factor for both q and k."""
+        return self.attention_factor**2 / math.sqrt(self.head_dim)
 
     def padded_vocab_size(self, multiple: int, tp: int) -> int:
         """The vocabulary rounded up so that each tensor-parallel rank holds a multiple of `multiple` rows."""
@@ -40,14 +69,21 @@ class Architecture:
     def num_parameters(self) -> int:
         """Parameters of the whole model, tied embeddings counted once."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
-        norms = self.hidden_size * (2 * self.num_layers + 1)
-        return embeddings + norms + self.num_layers * self._matrix_parameters
+        per_layer = self._matrix_parameters + self._vector_parameters
+        return embeddings + self.num_layers * per_layer + self.hidden_size
 
     @property
     def _matrix_parameters(self) -> int:
         """Parameters of one layer's matrices."""
         attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
         return attention + 3 * self.hidden_size * self.ffn_hidden_size
+
+    @property
+    def _vector_parameters(self) -> int:
+        """Parameters of one layer's norms and biases."""
+        biases = self.head_dim * (self.num_heads + 2 * self.num_kv_heads) if self.block.qkv_bias else 0
+        qk_norms = 2 * self.head_dim if self.block.qk_norm else 0
+        return 2 * self.hidden_size + biases + qk_norms
 
     @property
     def cost_model(self) -> CostModel:
@@ -97,6 +133,7 @@ def architecture_of(config: Any, where: str = "config") -> Architecture:
         if value != wanted:
             raise ConfigError(f"{where}: {name}={value!r} is not supported; it must be {wanted!r}")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    inverse_frequencies, attention_factor = _rope(config, head_dim, where)
     return Architecture(
         family=family,
         num_layers=config.num_hidden_layers,
@@ -110,28 +147,29 @@ def architecture_of(config: Any, where: str = "config") -> Architecture:
         norm_epsilon=config.rms_norm_eps,
         tied_embeddings=bool(config.tie_word_embeddings),
         sliding_window=getattr(config, "sliding_window", None),
-        inverse_frequencies=_inverse_frequencies(config, head_dim, where),
+        inverse_frequencies=inverse_frequencies,
+        attention_factor=attention_factor,
     )
 
 
-def _inverse_frequencies(config: Any, head_dim: int, where: str) -> tuple[float, ...]:
-    """RoPE's inverse frequencies as transformers computes them, so that both sides rotate by the same angles."""
+def _rope(config: Any, head_dim: int, where: str) -> tuple[tuple[float, ...], float]:
+    """RoPE's inverse frequencies and attention factor as transformers computes them: both sides rotate alike."""
     import torch
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     rope = _rope_parameters(config)
     kind = rope.get("rope_type", "default")
+    attention_factor = 1.0
     if kind == "default":
         exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
         inverse = 1.0 / (rope["rope_theta"] ** exponents)
-    elif kind in ("linear", "llama3"):
+    elif kind in ("linear", "llama3", "yarn"):
         inverse, attention_factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
-        assert attention_factor == 1.0, f"rope type {kind} scales attention by {attention_factor}"
     else:
         raise ConfigError(
-            f"{where}: rope_type {kind!r} is not supported; supported are default, linear and llama3"
+            f"{where}: rope_type {kind!r} is not supported; supported are default, linear, llama3 and yarn"
         )
-    return tuple(inverse.tolist())
+    return tuple(inverse.tolist()), float(attention_factor)
 
 
 def _rope_parameters(config: Any) -> dict[str, Any]:

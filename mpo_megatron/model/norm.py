@@ -2,6 +2,9 @@
 
 Megatron-core's own fallback refuses sequence parallelism; all that it needs is the mark on the weight that tells
 Megatron to sum the weight's gradient over the tensor-parallel ranks, each of which sees a part of the sequence.
+
+As a norm of queries or keys it sees the whole sequence, but the rank's own heads alone: there Megatron sums with and
+without sequence parallelism, going by the parameter's name and the config's `qk_layernorm`.
 """
 
 from typing import Any

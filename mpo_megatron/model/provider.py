@@ -115,6 +115,9 @@ def transformer_config(
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
+        add_qkv_bias=architecture.block.qkv_bias,
+        qk_layernorm=architecture.block.qk_norm,
+        softmax_scale=architecture.softmax_scale,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=options.dtype,
@@ -149,13 +152,17 @@ def transformer_config(
     )
 
 
-def layer_spec(options: ModelOptions) -> ModuleSpec:
+def layer_spec(architecture: Architecture, options: ModelOptions) -> ModuleSpec:
     """Megatron's layer spec with shared-prompt attention in it."""
+    qk_norm = architecture.block.qk_norm
     if options.transformer_engine:
-        spec = get_gpt_layer_with_transformer_engine_spec()
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
     else:
-        spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+        spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=qk_norm)
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
+        if qk_norm:
+            attention = spec.submodules.self_attention.submodules
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
     return use_shared_prompts(spec, options.attention_backend)
 
 
@@ -177,7 +184,7 @@ def _build_chunk(
     options: ModelOptions,
     virtual_stage: int,
 ) -> torch.nn.Module:
-    spec = layer_spec(options)
+    spec = layer_spec(architecture, options)
     vp_stage = virtual_stage if layout.vpp > 1 else None
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     block: Any = spec
@@ -205,7 +212,7 @@ def _build_chunk(
 def _mark_tensor_parallel(model: torch.nn.Module) -> None:
     """Mark which weights are cut over tensor-parallel ranks; the gradient norm counts the others on one rank only.
 
-    Megatron-core 0.16 leaves the marks out where it does not initialise the weights.
+    Megatron-core 0.16 leaves the marks out where it does not initialise the weights; biases it marks always.
     """
     partitioned = (
         (tensor_parallel.ColumnParallelLinear, 0),

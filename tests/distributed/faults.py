@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.utils import get_model_config
 
 from mpo_megatron.model import attention, provider
 from mpo_megatron.scheduling import rows
@@ -128,6 +129,17 @@ def _batched_sends_between_interleaved_stages() -> Any:
         return made
 
     return _replaced(provider, "transformer_config", batched)
+
+
+def _qk_norm_gradients_left_on_their_rank() -> Any:
+    """Megatron is not told of the norms of queries and keys, so it does not sum their gradients over the ranks."""
+    finalize_model_grads = provider.finalize_model_grads
+
+    def untold(models: list[Any], *args: Any, **kwargs: Any) -> None:
+        get_model_config(models[0]).qk_layernorm = False
+        finalize_model_grads(models, *args, **kwargs)
+
+    return _replaced(provider, "finalize_model_grads", untold)
 
 
 # What runs each: (ranks, layout, rows of whole groups or of parts).

@@ -238,6 +238,14 @@ def export(folder: Path, wanted: Layout, output: Path, max_shard_bytes: int = 10
     )
 
 
+def logps_and_export(folder: Path, sizes: list[int], seed: int, wanted: Layout, output: Path) -> torch.Tensor:
+    """Load a Hugging Face folder at a layout and export it again. Returns the log-probs in between."""
+    model = build(folder, sizes, wanted, seed=seed)
+    inner = [unwrap(chunk) for chunk in model.chunks]
+    export_hf(inner, model.architecture, model.layout, source=folder, output=output)
+    return logps(model)
+
+
 def train_and_export(folder: Path, sizes: list[int], wanted: Layout, output: Path) -> torch.Tensor:
     """Two training steps, then the export. Returns the log-probs of the trained Megatron model."""
     model = build(folder, sizes, wanted)

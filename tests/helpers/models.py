@@ -1,19 +1,27 @@
 """Small random models and groups, made on the spot."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from mpo_megatron.data import TokenizedGroup
 from tests.helpers.tokenizers import make_tokenizer
 
 
-def make_llama(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
-    """Save a random Llama (4 layers, 4 heads over 2 key-value heads, an odd vocabulary) with a tokenizer."""
+def make_model(
+    folder: Path, family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
+) -> Path:
+    """Save a random model (4 layers, 4 heads over 2 key-value heads, an odd vocabulary) with a tokenizer.
+
+    Args:
+        family: `model_type` of the transformers config that `changes` goes to.
+    """
     tokenizer = make_tokenizer()
     sizes: dict[str, Any] = {
         "vocab_size": len(tokenizer) + 3,
@@ -27,14 +35,20 @@ def make_llama(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float3
         "initializer_range": 0.3,  # far from uniform predictions, so that a wrong position or mask shows
     }
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**{**sizes, **changes}), dtype=dtype)
+    config = AutoConfig.for_model(family, **{**sizes, **changes})
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:
+            if "norm" in name or name.endswith("bias"):  # which start at one and zero
                 parameter.add_(0.2 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def make_llama(folder: Path, **changes: Any) -> Path:
+    """`make_model` of the family that most tests need."""
+    return make_model(folder, "llama", **changes)
 
 
 def make_groups(
@@ -60,8 +74,10 @@ def make_groups(
 def hugging_face_logps(
     folder: Path, groups: Sequence[TokenizedGroup], dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """[R] log-probabilities of the groups' responses by transformers, one prompt and response at a time."""
+    """[R] log-probabilities of the groups' responses by transformers, one prompt and response at a time, in `dtype`."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
+    if dtype == torch.float64:
+        compute_in_float64(model)
     found = []
     with torch.no_grad():
         for group in groups:
@@ -71,4 +87,38 @@ def hugging_face_logps(
                 logps = model(ids).logits[0].double().log_softmax(-1)
                 first = len(group.prompt_ids)
                 found.append(logps[first - 1 : -1].gather(1, ids[0, first:, None]).sum())
-    return torch.stack(found).float()
+    return torch.stack(found).to(dtype)
+
+
+def compute_in_float64(model: torch.nn.Module) -> None:
+    """Have a transformers model of float64 weights compute in float64 throughout, in place.
+
+    transformers computes two things in float32 whatever the weights are, each an error of some 1e-7 that is no part of
+    the model: RMSNorm, and the product of yarn's factor with the cosines and sines. Both are put in its dtype here. The
+    angles, and their cosines and sines, stay in float32: so they are in Megatron too.
+    """
+    norms = rotations = 0
+    for module in model.modules():
+        kind = type(module).__name__
+        if kind.endswith("RMSNorm"):
+            module.forward = partial(_rms_norm, module)
+            norms += 1
+        elif kind.endswith("RotaryEmbedding"):
+            module.forward = partial(_cosines_and_sines, module)
+            rotations += 1
+    assert norms > 0, "no RMSNorm was found"
+    assert rotations == 1, f"{rotations} rotary embeddings were found"
+
+
+def _rms_norm(norm: Any, x: Tensor) -> Tensor:
+    return norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+
+
+def _cosines_and_sines(rotary: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    assert rotary.inv_freq.dtype == torch.float32
+    angles = position_ids[..., None].float() * rotary.inv_freq
+    angles = torch.cat((angles, angles), dim=-1)
+    cosines, sines = (
+        values.to(x.dtype) * rotary.attention_scaling for values in (angles.cos(), angles.sin())
+    )
+    return cosines, sines

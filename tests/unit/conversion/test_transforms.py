@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from mpo_megatron.conversion import transforms
 from mpo_megatron.conversion.names import by_megatron_name, entries
 from mpo_megatron.conversion.transforms import Cut
-from mpo_megatron.model.architecture import architecture_of
+from mpo_megatron.model.architecture import FAMILIES, architecture_of
 
 ARCHITECTURE = architecture_of(
     LlamaConfig(
@@ -21,19 +21,20 @@ ARCHITECTURE = architecture_of(
     )
 )
 Q, KV, F, H, V = 48, 24, 36, 48, 37
-SOURCES: dict[str, list[tuple[int, ...]]] = {
-    "REPLICATED": [(H,)],
-    "COLUMNS": [(H, F)],
-    "VOCABULARY": [(V, H)],
-    "GATE_UP": [(F, H), (F, H)],
-    "QKV": [(Q, H), (KV, H), (KV, H)],
-}
+SOURCES: list[tuple[str, list[tuple[int, ...]]]] = [
+    ("REPLICATED", [(H,)]),
+    ("COLUMNS", [(H, F)]),
+    ("VOCABULARY", [(V, H)]),
+    ("GATE_UP", [(F, H), (F, H)]),
+    ("QKV", [(Q, H), (KV, H), (KV, H)]),
+    ("QKV", [(Q,), (KV,), (KV,)]),  # biases
+]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-@pytest.mark.parametrize("kind", SOURCES)
-def test_join_undoes_cut(kind: str, size: int) -> None:
-    sources = [torch.randn(shape) for shape in SOURCES[kind]]
+@pytest.mark.parametrize(("kind", "shapes"), SOURCES)
+def test_join_undoes_cut(kind: str, shapes: list[tuple[int, ...]], size: int) -> None:
+    sources = [torch.randn(shape) for shape in shapes]
     chosen = getattr(transforms, kind)
     padded = ARCHITECTURE.padded_vocab_size(8, size)
     shards = [chosen.cut(sources, Cut(ARCHITECTURE, padded, rank, size)) for rank in range(size)]
@@ -48,6 +49,8 @@ def test_qkv_rows_go_group_by_group() -> None:
     k, v = (torch.arange(6).repeat_interleave(4)[:, None].float() + start for start in (100, 200))
     shard = transforms.QKV.cut([q, k, v], Cut(ARCHITECTURE, 0, 1, 3))
     assert shard[::4, 0].tolist() == [4, 5, 102, 202, 6, 7, 103, 203]
+    bias = transforms.QKV.cut([q[:, 0], k[:, 0], v[:, 0]], Cut(ARCHITECTURE, 0, 1, 3))
+    assert torch.equal(bias, shard[:, 0])
 
 
 def test_vocabulary_is_padded_with_zeros() -> None:
@@ -58,15 +61,14 @@ def test_vocabulary_is_padded_with_zeros() -> None:
     assert torch.equal(shards[2], torch.zeros(32, H))  # a rank whose rows are all padding
 
 
-def test_every_hugging_face_tensor_is_named_once() -> None:
-    from transformers import LlamaForCausalLM
-
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_hugging_face_tensor_is_named_once(family: str) -> None:
     for tied in (True, False):
-        config = LlamaConfig(
-            vocab_size=37, hidden_size=48, intermediate_size=36, num_hidden_layers=2, num_attention_heads=12,
+        config = AutoConfig.for_model(
+            family, vocab_size=37, hidden_size=48, intermediate_size=36, num_hidden_layers=2, num_attention_heads=12,
             num_key_value_heads=6, head_dim=4, tie_word_embeddings=tied,
         )  # fmt: skip
-        model = LlamaForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
         theirs = dict(model.named_parameters())  # tied weights once
         ours = [name for entry in entries(architecture_of(config)) for name in entry.hugging_face]
         assert sorted(ours) == sorted(theirs)

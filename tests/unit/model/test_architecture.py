@@ -1,10 +1,18 @@
 """config.json to Architecture: sizes, rope as transformers computes it, refusals, and layout rules."""
 
+import math
 import re
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from mpo_megatron.errors import ConfigError
 from mpo_megatron.model.architecture import architecture_of, check_layout, read_architecture
@@ -17,6 +25,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 8192}
 SMALL = {
     "vocab_size": 99,
     "hidden_size": 144,
@@ -34,19 +43,34 @@ SMALL = {
         {"rope_type": "default", "rope_theta": 10000.0},
         LLAMA3_ROPE,
         {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+        YARN,
+        {**YARN, "attention_factor": 0.7, "beta_fast": 16.0, "beta_slow": 2.0},
+        {**YARN, "mscale": 1.3, "mscale_all_dim": 0.7, "truncate": False},
     ],
 )
-def test_rope_is_that_of_transformers(rope: dict) -> None:
-    config = LlamaConfig(**SMALL, rope_parameters=rope, max_position_embeddings=32768)
-    theirs = LlamaForCausalLM(config).model.rotary_emb.inv_freq
-    assert torch.equal(torch.tensor(architecture_of(config).inverse_frequencies), theirs)
+@pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config])
+def test_rope_is_that_of_transformers(kind: type, rope: dict) -> None:
+    config = kind(**SMALL, rope_parameters=dict(rope), max_position_embeddings=32768)
+    theirs = AutoModelForCausalLM.from_config(config).model.rotary_emb
+    ours = architecture_of(config)
+    assert torch.equal(torch.tensor(ours.inverse_frequencies), theirs.inv_freq)
+    assert ours.attention_factor == theirs.attention_scaling
+    assert ours.softmax_scale == pytest.approx(theirs.attention_scaling**2 / 4)  # head_dim is 16
 
 
-def test_sizes_and_parameter_count() -> None:
+def test_yarn_scales_scores_by_the_square_of_its_factor() -> None:
+    """The factor of the paper, 0.1 ln(factor) + 1, unless the config gives another."""
+    a = architecture_of(LlamaConfig(**SMALL, rope_parameters=dict(YARN), max_position_embeddings=32768))
+    assert a.softmax_scale == pytest.approx((0.1 * math.log(4) + 1) ** 2 / 4)
+    assert architecture_of(LlamaConfig(**SMALL)).softmax_scale == 1 / 4
+
+
+@pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config])
+def test_sizes_and_parameter_count(kind: type) -> None:
     for tied in (True, False):
-        config = LlamaConfig(**SMALL, tie_word_embeddings=tied)
+        config = kind(**SMALL, tie_word_embeddings=tied)
         architecture = architecture_of(config)
-        model = LlamaForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
         assert architecture.num_parameters == sum(p.numel() for p in model.parameters())
         assert (architecture.num_kv_heads, architecture.head_dim, architecture.tied_embeddings) == (
             3,
@@ -60,6 +84,8 @@ def test_sizes_and_parameter_count() -> None:
 def test_cost_counts_the_floating_point_operations_of_the_matrix_products() -> None:
     a = architecture_of(LlamaConfig(**SMALL))
     matrices = a.num_parameters - 2 * 99 * 144 - 144 * 13  # without embeddings and norms
+    for kind in (Qwen2Config, Qwen3Config):  # biases and norms of heads are no matrix products
+        assert architecture_of(kind(**SMALL)).cost_model == a.cost_model
     assert a.cost_model.per_token == 2 * matrices
     assert a.cost_model.per_attention_pair == 4 * 6 * 9 * 16
     assert a.cost_model.per_response_token == 2 * 144 * 99
@@ -68,8 +94,10 @@ def test_cost_counts_the_floating_point_operations_of_the_matrix_products() -> N
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (Qwen2Config(), "model_type 'qwen2' is not supported; supported are llama, mistral"),
+        (GemmaConfig(), "model_type 'gemma' is not supported; supported are llama, mistral, qwen2, qwen3"),
         (LlamaConfig(**SMALL, attention_bias=True), "attention_bias=True is not supported"),
+        (Qwen3Config(**SMALL, attention_bias=True), "attention_bias=True is not supported"),
+        (Qwen2Config(**SMALL, hidden_act="gelu"), "hidden_act='gelu' is not supported"),
         (LlamaConfig(**SMALL, hidden_act="gelu"), "hidden_act='gelu' is not supported"),
         (
             LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
@@ -105,11 +133,25 @@ def test_layout_rules_name_the_fix() -> None:
         check_layout(a, tp=1, pp=1, max_length=513)
 
 
-def test_a_sliding_window_is_a_limit_on_the_length() -> None:
-    a = architecture_of(MistralConfig(**SMALL, sliding_window=128))
+@pytest.mark.parametrize(
+    "config",
+    [
+        MistralConfig(**SMALL, sliding_window=128),
+        Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=128, max_window_layers=3),
+        Qwen3Config(**SMALL, use_sliding_window=True, sliding_window=128, max_window_layers=3),
+    ],
+)
+def test_a_sliding_window_is_a_limit_on_the_length(config: MistralConfig) -> None:
+    a = architecture_of(config)
     check_layout(a, tp=1, pp=1, max_length=128)
     with pytest.raises(ConfigError, match="sliding_window=128"):
         check_layout(a, tp=1, pp=1, max_length=129)
+
+
+def test_a_window_that_is_not_used_is_none() -> None:
+    for kind in (Qwen2Config, Qwen3Config):
+        a = architecture_of(kind(**SMALL, use_sliding_window=False, sliding_window=128))
+        check_layout(a, tp=1, pp=1, max_length=32768)
 
 
 def test_missing_folder(tmp_path) -> None:
