@@ -177,7 +177,7 @@ def test_ranks_without_a_group_take_part(
 @pytest.mark.parametrize("model", ["tied"], indirect=True)
 @pytest.mark.parametrize("name", ["cp2 dp2", "dp2 pp2 vpp2", "tp2 dp2"])
 def test_distributed_optimizer_agrees_with_the_plain_one(
-    name: str, model: Path, baseline: dict[str, Any], ranks: Any, tmp_path: Path
+    name: str, model: Path, ranks: Any, tmp_path: Path
 ) -> None:
     """In float32: Megatron's distributed optimizer takes no float64 parameters."""
     world, layout = CASES[name] if name in CASES else (4, Layout(tp=2))
