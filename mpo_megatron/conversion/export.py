@@ -1,8 +1,6 @@
 """Write the trained model as a Hugging Face folder, parameter by parameter, from any tensor / pipeline layout."""
 
-import shutil
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,13 +9,14 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from mpo_megatron.conversion.hf_folder import WeightWriter, copy_all_but_weights
 from mpo_megatron.conversion.load import global_parameter_names
 from mpo_megatron.conversion.names import Entry, entries
 from mpo_megatron.conversion.transforms import Cut
+from mpo_megatron.conversion.weight_writer import MAX_SHARD_BYTES, write_folder
+from mpo_megatron.errors import CheckpointError
 from mpo_megatron.model.architecture import Architecture
 from mpo_megatron.model.provider import GroupModel
-from mpo_megatron.runtime.parallel import ParallelLayout
+from mpo_megatron.runtime.parallel import ParallelLayout, raise_together
 
 
 def export_hf(
@@ -27,7 +26,7 @@ def export_hf(
     *,
     source: str | Path,
     output: str | Path,
-    max_shard_bytes: int = 5 * 10**9,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write config, tokenizer and weights to `output`; all ranks call it, rank 0 writes.
 
@@ -38,35 +37,26 @@ def export_hf(
         models: this rank's unwrapped model chunks.
         source: the Hugging Face folder that the run started from, for everything but the weights.
         output: the folder to make.
+
+    Raises:
+        CheckpointError: the folder cannot be written; on all ranks.
     """
     parameters = {
         name: parameter for model in models for name, parameter in global_parameter_names(model).items()
     }
     holdings = _holdings(parameters, layout)
     dtype = next(iter(parameters.values())).dtype
-    target = Path(output)
-    writer, temporary = None, None
+    tensors = _gathered(architecture, parameters, holdings, layout, dtype)
+    error = None
     if layout.is_main:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        temporary.chmod(0o755)
-        copy_all_but_weights(Path(source), temporary, dtype)
-        writer = WeightWriter(temporary, max_shard_bytes)
-    for entry in entries(architecture):
-        shards = _gather(entry, parameters, holdings, layout, dtype)
-        if shards is not None:
-            cut = Cut(architecture, shards[0].size(0) * layout.tp, 0, layout.tp)
-            assert writer is not None
-            for name, tensor in zip(entry.hugging_face, entry.kind.join(shards, cut), strict=True):
-                writer.add(name, tensor)
-    if writer is not None and temporary is not None:
-        writer.close()
-        older = temporary.with_name(temporary.name + "-replaced")
-        if target.exists():
-            target.rename(older)
-        temporary.rename(target)
-        shutil.rmtree(older, ignore_errors=True)
-    dist.barrier()
+        shapes = _shapes(architecture, holdings, layout)
+        try:
+            write_folder(Path(output), Path(source), shapes, dtype, tensors, max_shard_bytes)
+        except CheckpointError as caught:
+            error = caught
+    for _ in tensors:  # the other ranks, and rank 0 after an error: gathering takes all of them
+        pass
+    raise_together(error, layout)
 
 
 @dataclass(frozen=True)
@@ -84,6 +74,33 @@ def _holdings(parameters: dict[str, torch.nn.Parameter], layout: ParallelLayout)
     everyone: list[dict[str, _Holding]] = [{} for _ in range(layout.world_size)]
     dist.all_gather_object(everyone, mine)
     return {name: holding for held in everyone for name, holding in held.items()}
+
+
+def _shapes(
+    architecture: Architecture, holdings: dict[str, _Holding], layout: ParallelLayout
+) -> dict[str, torch.Size]:
+    """Of the folder's tensors, by name, in order."""
+    shapes: dict[str, torch.Size] = {}
+    for entry in entries(architecture):
+        shard = next(holdings[name].shape for name in entry.megatron if name in holdings)
+        found = entry.kind.shapes(shard, Cut(architecture, shard[0] * layout.tp, 0, layout.tp))
+        shapes.update(zip(entry.hugging_face, found, strict=True))
+    return shapes
+
+
+def _gathered(
+    architecture: Architecture,
+    parameters: dict[str, torch.nn.Parameter],
+    holdings: dict[str, _Holding],
+    layout: ParallelLayout,
+    dtype: torch.dtype,
+) -> Iterator[tuple[str, Tensor]]:
+    """On rank 0 the folder's tensors in order; nothing on the other ranks, which must run through it all the same."""
+    for entry in entries(architecture):
+        shards = _gather(entry, parameters, holdings, layout, dtype)
+        if shards is not None:
+            cut = Cut(architecture, shards[0].size(0) * layout.tp, 0, layout.tp)
+            yield from zip(entry.hugging_face, entry.kind.join(shards, cut), strict=True)
 
 
 def _gather(

@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from mpo_megatron.errors import CheckpointError
 
@@ -69,50 +67,6 @@ class WeightReader:
                 f"{self.folder} has no tensor {name!r}, which the model's config.json asks for"
             )
         return self._handle(self._files[name]).get_slice(name)
-
-
-class WeightWriter:
-    """Writes tensors, given one by one, to sharded safetensors files and their index."""
-
-    def __init__(self, folder: Path, max_shard_bytes: int) -> None:
-        self.folder = folder
-        self.max_shard_bytes = max_shard_bytes
-        self._current: dict[str, Tensor] = {}
-        self._shards: list[list[str]] = []
-        self._total_bytes = 0
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Take the next tensor; a shard that would grow over the limit is written first."""
-        if (
-            self._current
-            and sum(t.nbytes for t in self._current.values()) + tensor.nbytes > self.max_shard_bytes
-        ):
-            self._flush()
-        self._current[name] = tensor.contiguous()
-        self._total_bytes += tensor.nbytes
-
-    def _flush(self) -> None:
-        save_file(self._current, self.folder / f"shard-{len(self._shards)}", metadata={"format": "pt"})
-        self._shards.append(list(self._current))
-        self._current = {}
-
-    def close(self) -> None:
-        """Write the last shard, give the shards their final names, and write the index where there are several."""
-        self._flush()
-        count = len(self._shards)
-        files = (
-            [SINGLE]
-            if count == 1
-            else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-        )
-        for i, file in enumerate(files):
-            (self.folder / f"shard-{i}").rename(self.folder / file)
-        if count > 1:
-            weight_map = {
-                name: file for file, names in zip(files, self._shards, strict=True) for name in names
-            }
-            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
-            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def copy_all_but_weights(source: Path, target: Path, dtype: torch.dtype) -> None:

@@ -42,6 +42,11 @@ class Kind:
     cut: Callable[[Sequence[Lazy], Cut], Tensor]
     join: Callable[[Sequence[Tensor], Cut], list[Tensor]]
 
+    def shapes(self, shard: Sequence[int], cut: Cut) -> list[torch.Size]:
+        """Of the Hugging Face tensors whose shards, of all ranks, have this shape."""
+        shards = [torch.empty(tuple(shard), device="meta")] * cut.size
+        return [tensor.shape for tensor in self.join(shards, cut)]
+
 
 def _cut_columns(sources: Sequence[Lazy], cut: Cut) -> Tensor:
     (source,) = sources
@@ -59,7 +64,7 @@ def _cut_vocabulary(sources: Sequence[Lazy], cut: Cut) -> Tensor:
 
 
 def _join_vocabulary(shards: Sequence[Tensor], cut: Cut) -> list[Tensor]:
-    return [torch.cat(list(shards))[: cut.architecture.vocab_size]]
+    return [_concatenate(shards)[: cut.architecture.vocab_size]]
 
 
 def _cut_gate_up(sources: Sequence[Lazy], cut: Cut) -> Tensor:
@@ -69,7 +74,7 @@ def _cut_gate_up(sources: Sequence[Lazy], cut: Cut) -> Tensor:
 
 def _join_gate_up(shards: Sequence[Tensor], cut: Cut) -> list[Tensor]:
     halves = [shard.chunk(2) for shard in shards]
-    return [torch.cat([half[i] for half in halves]) for i in (0, 1)]
+    return [_concatenate([half[i] for half in halves]) for i in (0, 1)]
 
 
 def _cut_qkv(sources: Sequence[Lazy], cut: Cut) -> Tensor:
@@ -92,9 +97,14 @@ def _join_qkv(shards: Sequence[Tensor], cut: Cut) -> list[Tensor]:
     architecture = cut.architecture
     size, kv_heads = architecture.head_dim, architecture.num_kv_heads
     per_group = architecture.num_heads // kv_heads
-    whole = torch.cat(list(shards))
+    whole = _concatenate(shards)
     grouped = whole.reshape(kv_heads, (per_group + 2) * size, *whole.shape[1:])
     return [part.flatten(0, 1) for part in grouped.split([per_group * size, size, size], dim=1)]
+
+
+def _concatenate(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """torch.cat that copies nothing where there is one part."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 def _shape(source: Lazy) -> Sequence[int]:
@@ -106,7 +116,7 @@ def _rows(source: Lazy) -> int:
 
 
 REPLICATED = Kind(lambda sources, cut: sources[0][:], lambda shards, cut: [shards[0]])
-COLUMNS = Kind(_cut_columns, lambda shards, cut: [torch.cat(list(shards), dim=1)])
+COLUMNS = Kind(_cut_columns, lambda shards, cut: [_concatenate(shards, dim=1)])
 VOCABULARY = Kind(_cut_vocabulary, _join_vocabulary)
 GATE_UP = Kind(_cut_gate_up, _join_gate_up)
 QKV = Kind(_cut_qkv, _join_qkv)

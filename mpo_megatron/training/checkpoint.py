@@ -18,6 +18,7 @@ from mpo_megatron.conversion.hf_folder import copy_all_but_weights
 from mpo_megatron.errors import CheckpointError
 from mpo_megatron.model.provider import unwrap
 from mpo_megatron.runtime.parallel import ParallelLayout
+from mpo_megatron.runtime.publish import replace
 from mpo_megatron.training.optimizer import load_optimizer
 
 # The optimizer's state in the parameters' own shapes: Megatron's form that can be loaded at any other layout.
@@ -65,8 +66,7 @@ def save_checkpoint(
             (temporary / name).write_text(text, encoding="utf-8")
         (temporary / "hf").mkdir()
         copy_all_but_weights(hf_source, temporary / "hf", next(chunks[0].parameters()).dtype)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
+        replace(temporary, final)
     dist.barrier()
     return final
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mpo_megatron.conversion.hf_folder import INDEX, WeightReader
+from mpo_megatron.errors import CheckpointError
 from tests.distributed.jobs import Layout, export, train_and_export
 from tests.helpers.models import hugging_face_logps, make_groups, make_llama
 
@@ -90,3 +91,20 @@ def test_the_exported_model_is_the_trained_model(
     groups = make_groups(sizes, vocab_size)
     torch.testing.assert_close(trained, hugging_face_logps(tmp_path / "out", groups), rtol=0, atol=1e-4)
     assert (trained - hugging_face_logps(source, groups)).abs().max() > 0.1
+
+
+def failing_export(folder: Path, wanted: Layout, output: Path) -> str:
+    """The error of an export on this rank."""
+    try:
+        export(folder, wanted, output)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def test_an_export_that_cannot_be_written_is_an_error_on_every_rank(ranks: Any, tmp_path: Path) -> None:
+    source = make_llama(tmp_path / "source")
+    (tmp_path / "file").touch()
+    first, second = ranks(2).run(failing_export, source, Layout(pp=2), tmp_path / "file" / "out")
+    assert first == second
+    assert "file/out cannot be written (File exists); nothing was left there" in first

@@ -1,0 +1,65 @@
+"""Folders that appear under their name when they are complete, or not at all."""
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from mpo_megatron.errors import CheckpointError
+
+
+@contextlib.contextmanager
+def published(final: Path) -> Iterator[Path]:
+    """A new folder beside `final` to write into; it takes that name, in an older folder's place, when the block ends.
+
+    After an error it is removed, and an older folder is as it was.
+
+    Raises:
+        CheckpointError: the file system refuses to write (an OSError inside the block).
+    """
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
+        try:
+            temporary.chmod(0o755)  # mkdtemp's is for its maker alone
+            yield temporary
+            replace(temporary, final)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise cannot_write(final, error) from error
+
+
+def replace(temporary: Path, final: Path) -> None:
+    """Rename a complete folder, in the place of an older one."""
+    older = temporary.with_name(temporary.name + "-replaced")
+    if final.exists():
+        final.rename(older)
+    temporary.rename(final)
+    shutil.rmtree(older, ignore_errors=True)
+
+
+def cannot_write(final: Path, error: OSError) -> CheckpointError:
+    """What to say when the file system refuses."""
+    return CheckpointError(
+        f"{final} cannot be written ({error.strerror or error}); nothing was left there: make room or give another "
+        "folder, then run it again"
+    )
+
+
+def check_space(final: Path, needed_bytes: int) -> None:
+    """Check before anything is written that the folder will fit.
+
+    Raises:
+        CheckpointError: less than `needed_bytes` are free where `final` will be.
+    """
+    there = final.absolute().parent
+    while not there.exists():
+        there = there.parent
+    free = shutil.disk_usage(there).free
+    if free < needed_bytes:
+        raise CheckpointError(
+            f"{final} needs {needed_bytes / 1e9:.3g} GB and {there} has {free / 1e9:.3g} GB free; "
+            "make room or give a folder on another file system"
+        )
