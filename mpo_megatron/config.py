@@ -100,7 +100,9 @@ class DataConfig:
 class ModelConfig:
     """The model, its layout, and what it is trained on."""
 
-    restore_from_path: str = MISSING  # a Hugging Face folder
+    restore_from_path: str = (
+        MISSING  # a Hugging Face folder, or a checkpoint of a run or of tools/convert_checkpoint.py
+    )
     # Where the trained Hugging Face folder goes; None: <experiment folder>/hf; "": nowhere.
     export_path: str | None = None
     tensor_model_parallel_size: int = 1

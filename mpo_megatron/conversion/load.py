@@ -7,7 +7,6 @@ import torch
 from mpo_megatron.conversion.hf_folder import WeightReader
 from mpo_megatron.conversion.names import by_megatron_name
 from mpo_megatron.conversion.transforms import Cut
-from mpo_megatron.errors import CheckpointError
 from mpo_megatron.model.architecture import Architecture
 from mpo_megatron.model.provider import GroupModel
 from mpo_megatron.runtime.parallel import ParallelLayout
@@ -40,11 +39,7 @@ def load_hf_weights(
         entry = table[name]
         padded = parameter.size(0) * layout.tp
         cut = Cut(architecture, padded, layout.tp_rank, layout.tp)
-        shard = entry.kind.cut([reader.lazy(source) for source in entry.hugging_face], cut)
-        if shard.shape != parameter.shape:
-            raise CheckpointError(
-                f"{folder}: {', '.join(entry.hugging_face)} give a shard of shape {tuple(shard.shape)} for {name}, "
-                f"which is {tuple(parameter.shape)}; config.json and the weights do not belong together"
-            )
+        shard = entry.kind.cut(reader.sources(entry, architecture), cut)
+        assert shard.shape == parameter.shape, f"{name}: {tuple(shard.shape)} for {tuple(parameter.shape)}"
         with torch.no_grad():
             parameter.copy_(shard)

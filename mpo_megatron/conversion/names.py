@@ -1,14 +1,22 @@
 """Which Hugging Face tensors make up which Megatron parameter.
 
 `{i}` is the layer's number from 0 over the whole model. Megatron's norms have two names: their own under the
-local layer spec, and inside the linear layer that they are fused with under Transformer Engine's.
+local layer spec, and inside the linear layer that they are fused with under Transformer Engine's; checkpoints have the
+latter under either, so it stands last.
+
+Sizes in the table: H hidden size, Q and K rows of the query and of the key (and value) projection, D head size, F
+feed-forward size, V vocabulary; see `Architecture.sizes`.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from mpo_megatron.conversion import transforms
 from mpo_megatron.model.architecture import Architecture, Family
+
+_LAYERS = "decoder.layers."
 
 
 @dataclass(frozen=True)
@@ -18,51 +26,77 @@ class Entry:
     megatron: tuple[str, ...]
     hugging_face: tuple[str, ...]
     kind: transforms.Kind
+    sizes: tuple[str, ...]  # of each Hugging Face tensor, such as "FH"
+
+    @property
+    def stored(self) -> tuple[str, int | None]:
+        """(name in a distributed checkpoint, layer): Megatron stacks the layers there."""
+        name = self.megatron[-1]
+        if not name.startswith(_LAYERS):
+            return name, None
+        layer, rest = name.removeprefix(_LAYERS).split(".", 1)
+        return _LAYERS + rest, int(layer)
+
+    def shapes(self, architecture: Architecture) -> list[torch.Size]:
+        """Of the Hugging Face tensors."""
+        sizes = architecture.sizes
+        return [torch.Size(sizes[letter] for letter in letters) for letters in self.sizes]
 
 
 EMBEDDING = Entry(
-    ("embedding.word_embeddings.weight",), ("model.embed_tokens.weight",), transforms.VOCABULARY
+    ("embedding.word_embeddings.weight",), ("model.embed_tokens.weight",), transforms.VOCABULARY, ("VH",)
 )
-FINAL_NORM = Entry(("decoder.final_layernorm.weight",), ("model.norm.weight",), transforms.REPLICATED)
-OUTPUT = Entry(("output_layer.weight",), ("lm_head.weight",), transforms.VOCABULARY)
+FINAL_NORM = Entry(("decoder.final_layernorm.weight",), ("model.norm.weight",), transforms.REPLICATED, ("H",))
+OUTPUT = Entry(("output_layer.weight",), ("lm_head.weight",), transforms.VOCABULARY, ("VH",))
 # With tied embeddings the last pipeline stage holds a copy of the embedding under the output layer's name.
-TIED_OUTPUT = Entry(("output_layer.weight",), ("model.embed_tokens.weight",), transforms.VOCABULARY)
+TIED_OUTPUT = replace(EMBEDDING, megatron=OUTPUT.megatron)
 
-_LAYER = "decoder.layers.{i}."
+_LAYER = _LAYERS + "{i}."
 _HF_LAYER = "model.layers.{i}."
 LLAMA_LAYER = (
     Entry(
         (_LAYER + "input_layernorm.weight", _LAYER + "self_attention.linear_qkv.layer_norm_weight"),
         (_HF_LAYER + "input_layernorm.weight",),
         transforms.REPLICATED,
+        ("H",),
     ),
     Entry(
         (_LAYER + "self_attention.linear_qkv.weight",),
         tuple(_HF_LAYER + f"self_attn.{name}_proj.weight" for name in "qkv"),
         transforms.QKV,
+        ("QH", "KH", "KH"),
     ),
     Entry(
         (_LAYER + "self_attention.linear_proj.weight",),
         (_HF_LAYER + "self_attn.o_proj.weight",),
         transforms.COLUMNS,
+        ("HQ",),
     ),
     Entry(
         (_LAYER + "pre_mlp_layernorm.weight", _LAYER + "mlp.linear_fc1.layer_norm_weight"),
         (_HF_LAYER + "post_attention_layernorm.weight",),
         transforms.REPLICATED,
+        ("H",),
     ),
     Entry(
         (_LAYER + "mlp.linear_fc1.weight",),
         (_HF_LAYER + "mlp.gate_proj.weight", _HF_LAYER + "mlp.up_proj.weight"),
         transforms.GATE_UP,
+        ("FH", "FH"),
     ),
-    Entry((_LAYER + "mlp.linear_fc2.weight",), (_HF_LAYER + "mlp.down_proj.weight",), transforms.COLUMNS),
+    Entry(
+        (_LAYER + "mlp.linear_fc2.weight",),
+        (_HF_LAYER + "mlp.down_proj.weight",),
+        transforms.COLUMNS,
+        ("HF",),
+    ),
 )
 QKV_BIAS = (
     Entry(
         (_LAYER + "self_attention.linear_qkv.bias",),
         tuple(_HF_LAYER + f"self_attn.{name}_proj.bias" for name in "qkv"),
         transforms.QKV,
+        ("Q", "K", "K"),
     ),
 )
 QK_NORM = tuple(
@@ -70,6 +104,7 @@ QK_NORM = tuple(
         (_LAYER + f"self_attention.{name}_layernorm.weight",),
         (_HF_LAYER + f"self_attn.{name}_norm.weight",),
         transforms.REPLICATED,
+        ("D",),
     )
     for name in "qk"
 )
@@ -85,10 +120,10 @@ def entries(architecture: Architecture) -> Iterator[Entry]:
     yield EMBEDDING
     for i in range(architecture.num_layers):
         for entry in layer_entries(architecture.block):
-            yield Entry(
-                tuple(name.format(i=i) for name in entry.megatron),
-                tuple(name.format(i=i) for name in entry.hugging_face),
-                entry.kind,
+            yield replace(
+                entry,
+                megatron=tuple(name.format(i=i) for name in entry.megatron),
+                hugging_face=tuple(name.format(i=i) for name in entry.hugging_face),
             )
     yield FINAL_NORM
     if not architecture.tied_embeddings:

@@ -59,8 +59,8 @@ def _cut_vocabulary(sources: Sequence[Lazy], cut: Cut) -> Tensor:
     vocab_size = _rows(source)
     span = cut.span(cut.padded_vocab_size)
     real = source[min(span.start, vocab_size) : min(span.stop, vocab_size)]
-    padding = torch.zeros(span.stop - span.start - real.size(0), *real.shape[1:], dtype=real.dtype)
-    return torch.cat((real, padding))
+    padding = real.new_zeros(span.stop - span.start - real.size(0), *real.shape[1:])
+    return torch.cat((real, padding)) if len(padding) else real
 
 
 def _join_vocabulary(shards: Sequence[Tensor], cut: Cut) -> list[Tensor]:

@@ -66,6 +66,18 @@ class Architecture:
         return math.ceil(self.vocab_size / unit) * unit
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes that weights have, by the letters of `conversion.names`."""
+        return {
+            "H": self.hidden_size,
+            "Q": self.num_heads * self.head_dim,
+            "K": self.num_kv_heads * self.head_dim,
+            "D": self.head_dim,
+            "F": self.ffn_hidden_size,
+            "V": self.vocab_size,
+        }
+
+    @property
     def num_parameters(self) -> int:
         """Parameters of the whole model, tied embeddings counted once."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
@@ -106,8 +118,8 @@ def read_architecture(folder: str | Path) -> Architecture:
     path = Path(folder)
     if not (path / "config.json").is_file():
         raise ConfigError(
-            f"model.restore_from_path={folder}: there is no config.json in {path.absolute()}; "
-            "give the folder of a Hugging Face model (config.json, *.safetensors, tokenizer files)"
+            f"there is no config.json in {path.absolute()}; give the folder of a Hugging Face model (config.json, "
+            "*.safetensors, tokenizer files)"
         )
     try:
         config = AutoConfig.from_pretrained(path)

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from mpo_megatron.conversion.hf_folder import copy_all_but_weights
-from mpo_megatron.errors import CheckpointError
+from mpo_megatron.conversion.hf_folder import HF_FOLDER, copy_all_but_weights
+from mpo_megatron.conversion.restore import fill_model, load_state
 from mpo_megatron.model.provider import unwrap
 from mpo_megatron.runtime.parallel import ParallelLayout
 from mpo_megatron.runtime.publish import replace
@@ -64,26 +64,24 @@ def save_checkpoint(
     if layout.is_main:
         for name, text in files.items():
             (temporary / name).write_text(text, encoding="utf-8")
-        (temporary / "hf").mkdir()
-        copy_all_but_weights(hf_source, temporary / "hf", next(chunks[0].parameters()).dtype)
+        (temporary / HF_FOLDER).mkdir()
+        copy_all_but_weights(hf_source, temporary / HF_FOLDER, next(chunks[0].parameters()).dtype)
         replace(temporary, final)
     dist.barrier()
     return final
 
 
-def load_checkpoint(path: Path, chunks: list[Any], optimizer: Any, schedule: OptimizerParamScheduler) -> int:
+def load_checkpoint(
+    path: Path, chunks: list[Any], optimizer: Any, schedule: OptimizerParamScheduler, layout: ParallelLayout
+) -> int:
     """Fill model, optimizer and schedule from a checkpoint of any layout. Returns the optimizer steps that it had done.
 
     Raises:
-        CheckpointError: the folder is not a complete checkpoint.
+        CheckpointError: the folder is not a complete checkpoint, or is of another model; on all ranks.
     """
-    if not dist_checkpointing.check_is_distributed_checkpoint(str(path)):
-        raise CheckpointError(
-            f"{path} is not a complete Megatron distributed checkpoint; remove it or give another"
-        )
-    loaded = dist_checkpointing.load(_state(chunks, optimizer, schedule, 0, is_loading=True), str(path))
+    loaded = load_state(_state(chunks, optimizer, schedule, 0, is_loading=True), path, layout)
     for i, chunk in enumerate(chunks):
-        unwrap(chunk).load_state_dict(loaded[f"model{i}"])
+        fill_model(unwrap(chunk), loaded[f"model{i}"])
     load_optimizer(optimizer, loaded["optimizer"])
     schedule.load_state_dict(loaded["schedule"])
     return int(loaded["step"])

@@ -12,7 +12,9 @@ from megatron.core import tensor_parallel
 from torch import Tensor
 
 import mpo_megatron
+from mpo_megatron.conversion.hf_folder import is_checkpoint
 from mpo_megatron.conversion.load import load_hf_weights
+from mpo_megatron.conversion.restore import load_megatron_weights
 from mpo_megatron.errors import CheckpointError, UserError
 from mpo_megatron.model.provider import build_model, unwrap
 from mpo_megatron.runtime.parallel import raise_together
@@ -65,19 +67,28 @@ def build_job(setup: Setup) -> Job:
 
     tensor_parallel.model_parallel_cuda_manual_seed(config.trainer.seed)
     chunks = build_model(setup.architecture, layout, options)
-    error = None
-    try:
-        for chunk in chunks:
-            load_hf_weights(unwrap(chunk), setup.architecture, layout, config.model.restore_from_path)
-    except UserError as caught:
-        error = caught
-    raise_together(error, layout)
+    _load_weights(chunks, setup)
     chunks = wrap_data_parallel(chunks, config.model.optim.distributed)
     optimizer = build_optimizer(chunks, config.model.optim, config.trainer.gradient_clip_val, options.dtype)
     schedule = build_schedule(optimizer, config.model.optim, len(setup.train.steps))
     splits = [setup.train] + ([setup.validation] if setup.validation else [])
     references = {split.name: _reference(split, chunks, setup) for split in splits}
     return Job(setup, chunks, optimizer, schedule, references, experiment, folder)
+
+
+def _load_weights(chunks: list[Any], setup: Setup) -> None:
+    """Fill the model from `model.restore_from_path`: a Hugging Face folder or a distributed checkpoint."""
+    models, folder = [unwrap(chunk) for chunk in chunks], setup.config.model.restore_from_path
+    error = None
+    try:
+        if is_checkpoint(folder):
+            load_megatron_weights(models, setup.layout, folder)
+        else:
+            for model in models:
+                load_hf_weights(model, setup.architecture, setup.layout, folder)
+    except UserError as caught:
+        error = caught
+    raise_together(error, setup.layout)
 
 
 def _open_experiment(setup: Setup) -> tuple[Experiment | None, Path]:
@@ -142,7 +153,7 @@ def resume(job: Job) -> int:
             job.experiment.rewind(-1)  # a start that came to no checkpoint is started anew
         return 0
     _check_same_run(path, job)
-    step = load_checkpoint(path, job.chunks, job.optimizer, job.schedule)
+    step = load_checkpoint(path, job.chunks, job.optimizer, job.schedule, job.setup.layout)
     if job.experiment is not None:
         job.experiment.rewind(step)
         say(f"resumed at step {step} from {path}")

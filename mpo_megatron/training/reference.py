@@ -28,7 +28,7 @@ from mpo_megatron.training.step import response_logps
 def weights_fingerprint(folder: str | Path) -> list[Any]:
     """What tells one set of weight files from another without reading them: place, name, size, time of change."""
     path = Path(folder).resolve()
-    files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".json"))
+    files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".json", ".distcp"))
     return [str(path), [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]]
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from mpo_megatron import objectives
 from mpo_megatron.config import Config, DataConfig
+from mpo_megatron.conversion.hf_folder import load_tokenizer, model_folder
 from mpo_megatron.data import GroupDataset, TokenizeOptions, build_dataset
 from mpo_megatron.errors import ConfigError, UserError
 from mpo_megatron.model.architecture import Architecture, check_layout, read_architecture
@@ -43,6 +44,7 @@ class Setup:
     """A checked run whose model is not built yet."""
 
     config: Config
+    hf_folder: Path  # of the starting model: config, tokenizer, chat template
     architecture: Architecture
     objective: Objective
     layout: ParallelLayout
@@ -59,7 +61,8 @@ def prepare(config: Config) -> Setup:
         UserError: something must change; raised on all ranks alike.
     """
     model = config.model
-    architecture = read_architecture(model.restore_from_path)
+    hf_folder = _model_folder(config)
+    architecture = read_architecture(hf_folder)
     check_layout(
         architecture,
         tp=model.tensor_model_parallel_size,
@@ -102,6 +105,7 @@ def prepare(config: Config) -> Setup:
         validation = Split("validation", data, _rows(data, config, architecture, layout), steps)
     return Setup(
         config=config,
+        hf_folder=hf_folder,
         architecture=architecture,
         objective=objective,
         layout=layout,
@@ -110,6 +114,13 @@ def prepare(config: Config) -> Setup:
         validation=validation,
         steps_per_epoch=per_epoch,
     )
+
+
+def _model_folder(config: Config) -> Path:
+    try:
+        return model_folder(config.model.restore_from_path)
+    except ConfigError as error:
+        raise ConfigError(f"model.restore_from_path={config.model.restore_from_path}: {error}") from None
 
 
 def model_options(config: Config, device: torch.device) -> ModelOptions:
@@ -171,8 +182,6 @@ def _check_devices(config: Config, layout: ParallelLayout) -> None:
 
 def _open(config: Config, path: str) -> GroupDataset:
     """The tokenised groups of a data source, made or opened."""
-    from transformers import AutoTokenizer
-
     data: DataConfig = config.model.data
     options = TokenizeOptions(
         max_prompt_length=data.max_prompt_length,
@@ -181,13 +190,7 @@ def _open(config: Config, path: str) -> GroupDataset:
         apply_chat_template=data.apply_chat_template,
         system_prompt=data.system_prompt,
     )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(config.model.restore_from_path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"no tokenizer can be loaded from model.restore_from_path={config.model.restore_from_path} "
-            f"({' '.join(str(error).split())[:200]}); put tokenizer.json and tokenizer_config.json there"
-        ) from error
+    tokenizer = load_tokenizer(model_folder(config.model.restore_from_path))
     cache = Path(data.cache_dir).expanduser() / "data"
     return build_dataset(path, tokenizer, options, cache_dir=cache, partition=config.model.mpo.partition)
 

@@ -119,14 +119,13 @@ def validate(job: Job, step: int) -> None:
 
 def save(job: Job, step: int) -> None:
     """Write the checkpoint of `step`."""
-    source = Path(job.setup.config.model.restore_from_path)
     files = {
         "config.yaml": yaml.safe_dump(asdict(job.setup.config), sort_keys=False),
         IDENTITY_FILE: json.dumps(identity(job), indent=2),
     }
     folder = job.folder / CHECKPOINTS
     path = save_checkpoint(
-        folder, step, job.chunks, job.optimizer, job.schedule, job.setup.layout, files, source
+        folder, step, job.chunks, job.optimizer, job.schedule, job.setup.layout, files, job.setup.hf_folder
     )
     if job.is_main:
         say(f"checkpoint in {path}")
@@ -139,9 +138,7 @@ def finish(job: Job) -> None:
     target = job.folder / "hf" if output is None else Path(output).expanduser()
     if output != "":
         models = [unwrap(chunk) for chunk in job.chunks]
-        export_hf(
-            models, job.setup.architecture, layout, source=config.model.restore_from_path, output=target
-        )
+        export_hf(models, job.setup.architecture, layout, source=job.setup.hf_folder, output=target)
     if job.experiment is None:
         return
     job.experiment.close()

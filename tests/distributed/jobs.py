@@ -12,7 +12,9 @@ from megatron.core import parallel_state
 from mpo_megatron import objectives
 from mpo_megatron.config import OptimConfig, SchedConfig
 from mpo_megatron.conversion.export import export_hf
+from mpo_megatron.conversion.hf_folder import is_checkpoint, model_folder
 from mpo_megatron.conversion.load import global_parameter_names, load_hf_weights
+from mpo_megatron.conversion.restore import load_megatron_weights
 from mpo_megatron.data import GroupList
 from mpo_megatron.model.architecture import Architecture, read_architecture
 from mpo_megatron.model.provider import ModelOptions, build_model, unwrap
@@ -54,12 +56,14 @@ class Model:
 
 
 def build(folder: Path, sizes: list[int], wanted: Layout, lr: float = 1e-3, seed: int = 0) -> Model:
-    """The model of `folder` at a layout, over random groups of the given sizes and seed (the same on every rank)."""
+    """The model of `folder` (Hugging Face, or a checkpoint) at a layout, over random groups of the given sizes and seed
+    (the same on every rank).
+    """
     from megatron.core import tensor_parallel
 
     layout = initialize(choose_device("cpu"), tp=wanted.tp, pp=wanted.pp, vpp=wanted.vpp, cp=wanted.cp)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    architecture = read_architecture(folder)
+    architecture = read_architecture(model_folder(folder))
     options = ModelOptions(
         **{
             "dtype": wanted.precision,
@@ -69,8 +73,11 @@ def build(folder: Path, sizes: list[int], wanted: Layout, lr: float = 1e-3, seed
         }
     )
     chunks = build_model(architecture, layout, options)
-    for chunk in chunks:
-        load_hf_weights(unwrap(chunk), architecture, layout, folder)
+    if is_checkpoint(folder):
+        load_megatron_weights([unwrap(chunk) for chunk in chunks], layout, folder)
+    else:
+        for chunk in chunks:
+            load_hf_weights(unwrap(chunk), architecture, layout, folder)
     chunks = wrap_data_parallel(chunks, wanted.distributed_optimizer)
     optim = OptimConfig(lr=lr, distributed=wanted.distributed_optimizer, sched=SchedConfig(warmup_ratio=0.0))
     clip = 0.0 if options.dtype == torch.float64 else 1.0  # Megatron clips float32 gradients alone
@@ -177,7 +184,9 @@ def steps_and_gradients(
             weights = [parameter.detach().clone() for parameter in parameters]
             for parameter in parameters:
                 parameter.data.copy_(parameter.main_grad)
-            export_hf(inner, model.architecture, model.layout, source=folder, output=output / key)
+            export_hf(
+                inner, model.architecture, model.layout, source=model_folder(folder), output=output / key
+            )
             for parameter, weight in zip(parameters, weights, strict=True):
                 parameter.data.copy_(weight)
     gradients(model, reference, names[-1])
@@ -234,7 +243,12 @@ def export(folder: Path, wanted: Layout, output: Path, max_shard_bytes: int = 10
     model = build(folder, [2], wanted)
     inner = [unwrap(chunk) for chunk in model.chunks]
     export_hf(
-        inner, model.architecture, model.layout, source=folder, output=output, max_shard_bytes=max_shard_bytes
+        inner,
+        model.architecture,
+        model.layout,
+        source=model_folder(folder),
+        output=output,
+        max_shard_bytes=max_shard_bytes,
     )
 
 
@@ -242,7 +256,7 @@ def logps_and_export(folder: Path, sizes: list[int], seed: int, wanted: Layout, 
     """Load a Hugging Face folder at a layout and export it again. Returns the log-probs in between."""
     model = build(folder, sizes, wanted, seed=seed)
     inner = [unwrap(chunk) for chunk in model.chunks]
-    export_hf(inner, model.architecture, model.layout, source=folder, output=output)
+    export_hf(inner, model.architecture, model.layout, source=model_folder(folder), output=output)
     return logps(model)
 
 
@@ -254,7 +268,7 @@ def train_and_export(folder: Path, sizes: list[int], wanted: Layout, output: Pat
         gradients(model, reference, "wmpo")
         model.optimizer.step()
     inner = [unwrap(chunk) for chunk in model.chunks]
-    export_hf(inner, model.architecture, model.layout, source=folder, output=output)
+    export_hf(inner, model.architecture, model.layout, source=model_folder(folder), output=output)
     return logps(model)
 
 

@@ -25,7 +25,7 @@ def train(
     if resume is not None:
         newest = latest_checkpoint(resume)
         assert newest is not None
-        done = load_checkpoint(newest, model.chunks, model.optimizer, model.schedule)
+        done = load_checkpoint(newest, model.chunks, model.optimizer, model.schedule, model.layout)
         assert newest.name == f"step_{done:07d}"
     for _ in range(steps):
         gradients(model, reference, "wmpo")
@@ -118,7 +118,7 @@ def broken_case(folder: Path, path: Path) -> str:
 
     model = build(folder, SIZES, Layout())
     try:
-        load_checkpoint(path, model.chunks, model.optimizer, model.schedule)
+        load_checkpoint(path, model.chunks, model.optimizer, model.schedule, model.layout)
     except CheckpointError as error:
         return str(error)
     return ""

@@ -232,7 +232,7 @@ def test_the_command_itself_prints_one_sentence(inputs: dict[str, Path], tmp_pat
         ("model.mpo.bta=1", "error: unknown key model.mpo.bta; did you mean model.mpo.beta?"),
         (
             "model.restore_from_path=nowhere",
-            "error: model.restore_from_path=nowhere: there is no config.json",
+            "error: model.restore_from_path=nowhere: ",
         ),
     ):
         command = [*script, *arguments(inputs, tmp_path / "run", override)]
@@ -317,6 +317,24 @@ def test_bad_data_stops_all_ranks_with_file_and_line(
     assert not (tmp_path / "run").exists()
 
 
+def test_start_from_checkpoints(inputs: dict[str, Path], one_rank: Path, ranks: Any, tmp_path: Path) -> None:
+    """From what `import_hf` makes as from the folder itself, and from a run's checkpoint as from its export."""
+    from mpo_megatron.conversion.convert import import_hf
+
+    def first_losses(start: Path, name: str) -> list[float]:
+        more = ["trainer.max_steps=2", "trainer.save_at_end=false", "model.tensor_model_parallel_size=2"]
+        overrides = arguments({**inputs, "model": start}, tmp_path / name, *more)
+        assert ranks(2).run(job, overrides, timeout=240) == ["", ""]
+        return [line["loss"] for line in metrics(tmp_path / name)]
+
+    import_hf(inputs["model"], tmp_path / "imported")
+    assert first_losses(tmp_path / "imported", "a") == first_losses(inputs["model"], "b")
+    trained = first_losses(one_rank / "checkpoints" / "step_0000010", "c")
+    assert trained == first_losses(one_rank / "hf", "d")
+    assert trained != [line["loss"] for line in metrics(tmp_path / "a")]
+    assert (tmp_path / "c" / "hf" / "config.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -324,7 +342,7 @@ def test_bad_data_stops_all_ranks_with_file_and_line(
         ("model.tensor_model_parallel_size=4", "4 attention heads and 2 key-value heads; use one of 1, 2"),
         ("model.tensor_model_parallel_size=2", "1 rank cannot be cut into models of tensor 2"),
         ("model.data.train=absent.jsonl", "absent.jsonl"),
-        ("model.restore_from_path=nowhere", "there is no config.json in"),
+        ("model.restore_from_path=nowhere", "nowhere is neither a Hugging Face folder (it has no config.json) nor"),
         ("model.mpo.objective=dpoo", "model.mpo.objective=dpoo is not known; choose one of mpo, wmpo"),
         ("model.mpo.partition=modus", "modus"),
         ("model.max_tokens_per_micro_batch=16", "model.max_tokens_per_micro_batch=16 is less than"),

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from mpo_megatron.conversion.convert import export_checkpoint, import_hf
 from mpo_megatron.data import TokenizeOptions, build_dataset
 from tests.distributed.jobs import Layout, export, smollm2_logps
 from tests.distributed.test_main_job import job
@@ -55,6 +56,30 @@ def test_import_and_export_give_back_the_bits(smollm2: Path, ranks: Any, tmp_pat
     )
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def compared(hf: Path, checkpoint: Path) -> tuple[int, float]:
+    """(tokens, largest difference in nats) of the built-in texts."""
+    from mpo_megatron.conversion.verify import TEXTS, compare
+    from mpo_megatron.runtime.device import choose_device
+    from mpo_megatron.runtime.parallel import initialize
+
+    found = compare(hf, checkpoint, TEXTS, initialize(choose_device("cpu")))
+    return found.tokens, found.largest
+
+
+@pytest.mark.timeout(600)
+def test_converted_there_and_back(smollm2: Path, ranks: Any, tmp_path: Path) -> None:
+    import_hf(smollm2, tmp_path / "imported")
+    ((tokens, largest),) = ranks(1).run(compared, smollm2, tmp_path / "imported", timeout=300)
+    print(f"{tokens} tokens, largest difference {largest:.2e}")
+    assert tokens > 150
+    assert largest < 1e-4
+    export_checkpoint(tmp_path / "imported", tmp_path / "exported")
+    before, after = (load_file(folder / "model.safetensors") for folder in (smollm2, tmp_path / "exported"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert (tmp_path / "exported" / "config.json").read_bytes() == (smollm2 / "config.json").read_bytes()
 
 
 LAYOUTS = {

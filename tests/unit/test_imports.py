@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "runtime": {"config"},
     "model": {"config", "data", "scheduling", "runtime"},
     "objectives": {"config", "data", "scheduling"},
-    "conversion": {"config", "model", "runtime"},
+    "conversion": {"config", "data", "scheduling", "model", "runtime"},
     "rollout": {"config", "data"},
     "training": {"config", "data", "scheduling", "runtime", "model", "objectives", "conversion", "rollout"},
     "benchmarks": {

@@ -1,0 +1,169 @@
+"""Hugging Face folder to Megatron distributed checkpoint and back, streamed: no GPU, no process group, no whole model.
+
+A checkpoint made here holds the model's weights, and in its folder `hf` what else belongs to the model (config,
+generation config, tokenizer, chat template), as the checkpoints of a training run do. Memory at a time: one layer or a
+piece of the embedding.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mpo_megatron.conversion.hf_folder import HF_FOLDER, WeightReader, copy_all_but_weights
+from mpo_megatron.conversion.names import Entry, entries
+from mpo_megatron.conversion.torch_dist import CheckpointReader, Chunk, write_checkpoint
+from mpo_megatron.conversion.transforms import VOCABULARY, Cut
+from mpo_megatron.conversion.weight_writer import MAX_SHARD_BYTES, write_folder
+from mpo_megatron.errors import CheckpointError
+from mpo_megatron.model.architecture import Architecture, read_architecture
+from mpo_megatron.runtime.publish import check_space, published
+
+# The embedding is written in pieces of so many bytes, so that it is not in memory whole.
+PIECE_BYTES = 64 * 2**20
+
+
+def import_hf(hf: str | Path, output: str | Path, *, progress: bool = False) -> None:
+    """Make a distributed checkpoint of a Hugging Face folder's weights, in their own dtype.
+
+    Any layout opens it, under the local layer spec and under Transformer Engine's. It appears under its name when it is
+    complete, in the place of an older one.
+
+    Args:
+        hf: the folder.
+        output: the checkpoint to make.
+        progress: show a bar.
+
+    Raises:
+        ConfigError: config.json is missing or of a model that is not supported.
+        CheckpointError: a weight is missing, damaged or of another shape; or the checkpoint cannot be written.
+    """
+    source, target = Path(hf), Path(output)
+    architecture = read_architecture(source)
+    reader = WeightReader(source)
+    chunks = [chunk for entry in entries(architecture) for chunk in _chunks(entry, reader, architecture)]
+    size = sum(chunk.nbytes for chunk in chunks)
+    with published(target) as temporary, _bar("import", size, progress) as bar:
+        check_space(target, size)
+        write_checkpoint(temporary, chunks, {}, bar.update)
+        (temporary / HF_FOLDER).mkdir()
+        copy_all_but_weights(source, temporary / HF_FOLDER, chunks[0].dtype)
+
+
+def _chunks(entry: Entry, reader: WeightReader, architecture: Architecture) -> Iterator[Chunk]:
+    """The pieces of one parameter, or of its layer in the stack."""
+    sources = reader.sources(entry, architecture)
+    dtype = sources[0][:0].dtype
+    name, layer = entry.stored
+    if entry.kind is VOCABULARY:
+        (whole,) = entry.shapes(architecture)
+        rows = max(1, PIECE_BYTES // (whole[1] * dtype.itemsize))
+        for start, stop in pairwise([*range(0, whole[0], rows), whole[0]]):
+            yield Chunk(name, whole, torch.Size((start, 0)), torch.Size((stop - start, whole[1])), dtype,
+                        partial(_rows, reader, entry, architecture, start, stop))  # fmt: skip
+        return
+    shape = _megatron_shape(entry, architecture)
+    values = partial(_parameter, reader, entry, architecture)
+    if layer is None:
+        yield Chunk(name, shape, torch.Size([0] * len(shape)), shape, dtype, values)
+    else:
+        stacked = torch.Size((architecture.num_layers, *shape))
+        offsets = torch.Size((layer, *(0 for _ in shape)))
+        yield Chunk(name, stacked, offsets, torch.Size((1, *shape)), dtype, values)
+
+
+def _rows(reader: WeightReader, entry: Entry, architecture: Architecture, start: int, stop: int) -> Tensor:
+    (source,) = reader.sources(entry, architecture)
+    rows: Tensor = source[start:stop]
+    return rows
+
+
+def _parameter(reader: WeightReader, entry: Entry, architecture: Architecture) -> Tensor:
+    return entry.kind.cut(reader.sources(entry, architecture), Cut(architecture, 0, 0, 1))
+
+
+def export_checkpoint(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: bool = False,
+) -> None:
+    """Make a Hugging Face folder of a distributed checkpoint: of `import_hf`, or of a training run at any layout.
+
+    The vocabulary's padding is left out, tied weights are written once. The folder appears under its name when it is
+    complete, in the place of an older one.
+
+    Args:
+        checkpoint: the folder; a run's are in `checkpoints/step_NNNNNNN`.
+        output: the folder to make.
+        dtype: of the weights; None: as they are.
+        max_shard_bytes: of a safetensors file.
+        progress: show a bar.
+
+    Raises:
+        CheckpointError: the checkpoint is incomplete, damaged or of another model than its config says; or the folder
+            cannot be written.
+    """
+    folder = Path(checkpoint)
+    reader = CheckpointReader(folder)
+    source = folder / HF_FOLDER
+    architecture = read_architecture(source)
+    found = [(entry, *_find(entry, reader, architecture)) for entry in entries(architecture)]
+
+    def tensors(bar: Any) -> Iterator[tuple[str, Tensor]]:
+        for entry, name, place in found:
+            value = reader.read(name, place)
+            joined = entry.kind.join([value], Cut(architecture, value.size(0), 0, 1))
+            for hf_name, tensor in zip(entry.hugging_face, joined, strict=True):
+                yield hf_name, tensor
+                bar.update(tensor.nbytes)
+
+    shapes = {
+        name: shape
+        for entry, *_ in found
+        for name, shape in zip(entry.hugging_face, entry.shapes(architecture), strict=True)
+    }
+    dtype = dtype or reader.dtype(found[0][1])
+    size = sum(shape.numel() for shape in shapes.values()) * reader.dtype(found[0][1]).itemsize
+    with _bar("export", size, progress) as bar:
+        write_folder(Path(output), source, shapes, dtype, tensors(bar), max_shard_bytes)
+
+
+def _bar(title: str, size: int, shown: bool) -> Any:
+    return tqdm(total=size, desc=title, unit="B", unit_scale=True, disable=not shown, dynamic_ncols=True)
+
+
+def _find(entry: Entry, reader: CheckpointReader, architecture: Architecture) -> tuple[str, tuple[int, ...]]:
+    """The name of a parameter in the checkpoint, and its place in the stack of layers where it is in one."""
+    stacked, layer = entry.stored
+    names = {stacked: () if layer is None else (layer,), **dict.fromkeys(entry.megatron, ())}
+    name = next((name for name in names if name in reader), None)
+    if name is None:
+        raise CheckpointError(
+            f"{reader.folder} has no tensor {stacked}, which the model of its config.json needs; its files do not "
+            "belong together"
+        )
+    found, wanted = reader.shape(name), _megatron_shape(entry, architecture)
+    if names[name]:
+        wanted = torch.Size((architecture.num_layers, *wanted))
+    padded = entry.kind is VOCABULARY and found[0] >= wanted[0]
+    if found[padded:] != wanted[padded:]:
+        raise CheckpointError(
+            f"{reader.folder}: {name} has shape {tuple(found)} where config.json asks for {tuple(wanted)}; "
+            "its files do not belong together"
+        )
+    return name, names[name]
+
+
+def _megatron_shape(entry: Entry, architecture: Architecture) -> torch.Size:
+    """Of a parameter on one rank, of its layer alone; vocabulary without padding."""
+    sources = [torch.empty(shape, device="meta") for shape in entry.shapes(architecture)]
+    rows = sources[0].shape[0]
+    return entry.kind.cut(sources, Cut(architecture, rows, 0, 1)).shape

@@ -1,0 +1,261 @@
+"""Megatron's distributed checkpoints (`torch_dist`), read and written piece by piece without Megatron's process groups.
+
+Such a folder is a checkpoint of torch.distributed.checkpoint: `.metadata` says for every name the whole tensor's shape
+and, for each chunk of it, where in which `.distcp` file it is; Megatron adds `metadata.json` (the format's name) and
+`common.pt` (what is not a tensor). Megatron stacks the layers: `decoder.layers.mlp.linear_fc2.weight` is
+[layers, H, F]. Chunks are as the ranks that saved held them; their boundaries mean nothing to a reader.
+"""
+
+import io
+import json
+import pickle
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import (
+    DefaultSavePlanner,
+    FileSystemReader,
+    FileSystemWriter,
+    SavePlan,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint import save as save_distributed
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from mpo_megatron.errors import CheckpointError
+
+FORMAT_FILE = "metadata.json"
+FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+
+class CheckpointReader:
+    """The tensors of a checkpoint by name, read when they are asked for.
+
+    Raises:
+        CheckpointError: the folder is no such checkpoint, or a file of it is missing or damaged.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        try:
+            backend = json.loads((self.folder / FORMAT_FILE).read_text())["sharded_backend"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{self.folder} is not a complete Megatron distributed checkpoint: its {FORMAT_FILE} is missing or "
+                "damaged; give another"
+            ) from error
+        if backend != FORMAT["sharded_backend"]:
+            raise CheckpointError(
+                f"{self.folder} is a Megatron checkpoint of format {backend!r}; only torch_dist can be read, so save "
+                "it again with Megatron's --ckpt-format torch_dist"
+            )
+        try:
+            metadata = FileSystemReader(self.folder).read_metadata()
+        except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ImportError) as error:
+            raise CheckpointError(
+                f"{self.folder / '.metadata'} cannot be read ({error}); copy the checkpoint again"
+            ) from error
+        self.objects = [
+            n for n, m in metadata.state_dict_metadata.items() if not isinstance(m, TensorStorageMetadata)
+        ]
+        self._tensors: dict[str, TensorStorageMetadata] = {
+            name: found
+            for name, found in metadata.state_dict_metadata.items()
+            if isinstance(found, TensorStorageMetadata)
+        }
+        self._places: dict[MetadataIndex, Any] = metadata.storage_data
+        self._check_files()
+
+    def _check_files(self) -> None:
+        """Every file must be there, as long as the chunks in it."""
+        ends: dict[str, int] = {}
+        for place in self._places.values():
+            ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+        for name, end in sorted(ends.items()):
+            path = self.folder / name
+            if not path.is_file():
+                raise CheckpointError(f"{path} is missing, though .metadata names it; copy the file there")
+            if path.stat().st_size < end:
+                raise CheckpointError(
+                    f"{path} is cut off: {path.stat().st_size} bytes where .metadata says at least {end}; copy it again"
+                )
+
+    def names(self) -> list[str]:
+        """All tensor names, sorted."""
+        return sorted(self._tensors)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def shape(self, name: str) -> torch.Size:
+        return self._tensors[name].size
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors[name].properties.dtype
+
+    def read(self, name: str, first: Sequence[int] = ()) -> Tensor:
+        """A tensor, or of a stacked one the part at these places of the first dimensions.
+
+        Args:
+            name: the tensor's.
+            first: for example (layer,) or nothing.
+        """
+        whole, lead = self.shape(name), len(first)
+        offsets = (*first, *(0 for _ in whole[lead:]))
+        sizes = (*(1 for _ in first), *whole[lead:])
+        result: Tensor | None = None
+        for chunk in self._tensors[name].chunks:
+            overlap = _overlap(chunk, offsets, sizes)
+            if overlap is None:
+                continue
+            (in_chunk, in_result), part = overlap, self._load(name, chunk)
+            if (
+                part[in_chunk].numel() == torch.Size(sizes).numel()
+            ):  # one chunk has it all: nothing to put together
+                result = part[in_chunk]
+                break
+            if result is None:
+                result = torch.empty(sizes, dtype=part.dtype)
+            result[in_result] = part[in_chunk]
+        if result is None:
+            raise CheckpointError(f"{self.folder} has no data for {name} {tuple(first) or ''}; it is damaged")
+        return result.reshape(whole[lead:])
+
+    def _load(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
+        place = self._places[MetadataIndex(name, chunk.offsets)]
+        path = self.folder / place.relative_path
+        try:
+            with path.open("rb") as file:
+                view = io.BufferedReader(_Part(file, place.offset, place.length))
+                tensor: Tensor = torch.load(view, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            raise CheckpointError(
+                f"{path} cannot be read at {name} ({' '.join(str(error).split())[:120]}); copy it again"
+            ) from error
+        return tensor
+
+
+def _overlap(
+    chunk: ChunkStorageMetadata, offsets: Sequence[int], sizes: Sequence[int]
+) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+    """Where a chunk and the box at `offsets` of `sizes` meet: (slices of the chunk, slices of the box), or None."""
+    in_chunk, in_box = [], []
+    for start, length, offset, size in zip(chunk.offsets, chunk.sizes, offsets, sizes, strict=True):
+        low, high = max(start, offset), min(start + length, offset + size)
+        if low >= high:
+            return None
+        in_chunk.append(slice(low - start, high - start))
+        in_box.append(slice(low - offset, high - offset))
+    return tuple(in_chunk), tuple(in_box)
+
+
+class _Part(io.RawIOBase):
+    """A part of an open file as a file of its own, so that torch.load sees where it ends."""
+
+    def __init__(self, file: Any, offset: int, length: int) -> None:
+        self._file, self._offset, self._length, self._at = file, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        self._at = base + position
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer)[: max(self._length - self._at, 0)]
+        self._file.seek(self._offset + self._at)
+        count: int = self._file.readinto(view)
+        self._at += count
+        return count
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of a tensor to write, whose values are made when its turn comes.
+
+    Attributes:
+        name: the tensor's.
+        shape: of the whole tensor.
+        offsets: where the piece begins.
+        sizes: the piece's own shape, as long as `shape`.
+        dtype: of the tensor.
+        values: makes the piece, of any shape with as many elements.
+    """
+
+    name: str
+    shape: torch.Size
+    offsets: torch.Size
+    sizes: torch.Size
+    dtype: torch.dtype
+    values: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return self.sizes.numel() * self.dtype.itemsize
+
+
+class _Streaming(DefaultSavePlanner):
+    """Has each chunk made as it is written, where torch's planner takes tensors that are there."""
+
+    def __init__(self, chunks: Iterable[Chunk], written: Callable[[int], Any]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._written = written
+        self._chunks = {(chunk.name, chunk.offsets): chunk for chunk in chunks}
+
+    def create_local_plan(self) -> SavePlan:
+        self.plan = SavePlan([_write_item(chunk) for chunk in self._chunks.values()])
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        assert write_item.index.offset is not None
+        chunk = self._chunks[write_item.index.fqn, write_item.index.offset]
+        self._written(chunk.nbytes)
+        return chunk.values().to(chunk.dtype).reshape(chunk.sizes).contiguous()
+
+
+def _write_item(chunk: Chunk) -> WriteItem:
+    return WriteItem(
+        index=MetadataIndex(chunk.name, chunk.offsets),
+        type=WriteItemType.SHARD,
+        tensor_data=TensorWriteData(
+            chunk=ChunkStorageMetadata(chunk.offsets, chunk.sizes),
+            properties=TensorProperties(dtype=chunk.dtype),
+            size=chunk.shape,
+        ),
+    )
+
+
+def write_checkpoint(
+    folder: Path, chunks: Sequence[Chunk], common: dict[str, Any], written: Callable[[int], Any]
+) -> None:
+    """Write a checkpoint into an empty folder, one chunk in memory at a time.
+
+    Args:
+        folder: an existing one.
+        chunks: that fill their tensors without overlap.
+        common: what is not a tensor.
+        written: is told the bytes of each chunk.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it is meant to be
+        save_distributed(
+            {}, storage_writer=FileSystemWriter(folder), planner=_Streaming(chunks, written), no_dist=True
+        )
+    torch.save(common, folder / "common.pt")
+    (folder / FORMAT_FILE).write_text(json.dumps(FORMAT))
