@@ -105,6 +105,8 @@ class ModelConfig:
     )
     # Where the trained Hugging Face folder goes; None: <experiment folder>/hf; "": nowhere.
     export_path: str | None = None
+    # Make a Hugging Face folder of every checkpoint, in the background: <experiment folder>/exports/step_NNNNNNN.
+    export_at_save: bool = False
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int | None = None
@@ -283,6 +285,11 @@ def _check(config: Config) -> None:
         )
 
     _check_pipeline(model)
+    if model.export_at_save and not trainer.save_interval and not trainer.save_at_end:
+        raise ConfigError(
+            "model.export_at_save=true exports every checkpoint and there will be none; set trainer.save_interval, "
+            "or remove export_at_save"
+        )
     if model.sequence_parallel and model.tensor_model_parallel_size == 1:
         raise ConfigError(
             "model.sequence_parallel=true needs tensor_model_parallel_size > 1; "

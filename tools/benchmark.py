@@ -1,6 +1,6 @@
 """Measure what this project claims: one sub-command a claim.
 
-    python tools/benchmark.py shared-prompt|trl|two-pass|plan|head [--quick] [--repeats N] [--threads N] ...
+    python tools/benchmark.py shared-prompt|trl|two-pass|plan|head|convert [--quick] [--repeats N] [--threads N] ...
     python tools/benchmark.py all --output FILE [--quick] ...
 
 Each prints a table and, last, one line of JSON. Time is processor time of the process, medians over repeats, with both
@@ -25,6 +25,7 @@ BENCHMARKS = {
     "two-pass": "groups cut over rows against rows that hold whole groups",
     "plan": "fill, balance and speed of the planner",
     "head": "memory and time of the response head against whole logits",
+    "convert": "memory of checkpoint conversion against its bound",
 }
 MARKER = "<!-- benchmarks -->"
 

@@ -3,8 +3,13 @@
 A checkpoint made here holds the model's weights, and in its folder `hf` what else belongs to the model (config,
 generation config, tokenizer, chat template), as the checkpoints of a training run do. Memory at a time: one layer or a
 piece of the embedding.
+
+As a module of its own, `python -m mpo_megatron.conversion.convert CHECKPOINT OUTPUT` is what a run starts for its
+exports in the background; people have tools/convert_checkpoint.py.
 """
 
+import os
+import sys
 from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
@@ -20,7 +25,7 @@ from mpo_megatron.conversion.names import Entry, entries
 from mpo_megatron.conversion.torch_dist import CheckpointReader, Chunk, write_checkpoint
 from mpo_megatron.conversion.transforms import VOCABULARY, Cut
 from mpo_megatron.conversion.weight_writer import MAX_SHARD_BYTES, write_folder
-from mpo_megatron.errors import CheckpointError
+from mpo_megatron.errors import CheckpointError, UserError
 from mpo_megatron.model.architecture import Architecture, read_architecture
 from mpo_megatron.runtime.publish import check_space, published
 
@@ -167,3 +172,11 @@ def _megatron_shape(entry: Entry, architecture: Architecture) -> torch.Size:
     sources = [torch.empty(shape, device="meta") for shape in entry.shapes(architecture)]
     rows = sources[0].shape[0]
     return entry.kind.cut(sources, Cut(architecture, rows, 0, 1)).shape
+
+
+if __name__ == "__main__":
+    os.nice(10)  # training comes first
+    try:
+        export_checkpoint(*sys.argv[1:])
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,7 +1,7 @@
 """A job before its first step: experiment, model, optimizer, reference log-probs; resumed where it was left."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from mpo_megatron.model.provider import build_model, unwrap
 from mpo_megatron.runtime.parallel import raise_together
 from mpo_megatron.training.checkpoint import latest_checkpoint, load_checkpoint
 from mpo_megatron.training.experiment import CHECKPOINTS, Experiment, start_experiment
+from mpo_megatron.training.exports import BackgroundExports
 from mpo_megatron.training.optimizer import build_optimizer, build_schedule, wrap_data_parallel
 from mpo_megatron.training.reference import cache_path, reference_key, reference_logps
 from mpo_megatron.training.report import progress, say
@@ -40,6 +41,7 @@ class Job:
     references: dict[str, Tensor]  # by split name, [responses of the data set]
     experiment: Experiment | None  # on rank 0
     folder: Path
+    exports: BackgroundExports = field(default_factory=BackgroundExports)  # used on rank 0
 
     @property
     def total_steps(self) -> int:

@@ -129,6 +129,8 @@ def save(job: Job, step: int) -> None:
     )
     if job.is_main:
         say(f"checkpoint in {path}")
+        if job.setup.config.model.export_at_save:
+            job.exports.start(path, job.folder / "exports" / path.name)
 
 
 def finish(job: Job) -> None:
@@ -142,6 +144,7 @@ def finish(job: Job) -> None:
     if job.experiment is None:
         return
     job.experiment.close()
+    job.exports.wait()
     history = job.experiment.history()
     plot_run(history, job.folder / "training.png")
     validations = [line for line in history if line["split"] == "validation"]

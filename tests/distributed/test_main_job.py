@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mpo_megatron.errors import UserError
 from tests.helpers.models import make_llama
@@ -333,6 +334,23 @@ def test_start_from_checkpoints(inputs: dict[str, Path], one_rank: Path, ranks: 
     assert trained == first_losses(one_rank / "hf", "d")
     assert trained != [line["loss"] for line in metrics(tmp_path / "a")]
     assert (tmp_path / "c" / "hf" / "config.json").is_file()
+
+
+def test_every_checkpoint_is_exported_beside_the_run(
+    inputs: dict[str, Path], ranks: Any, tmp_path: Path
+) -> None:
+    more = ["trainer.max_steps=3", "trainer.save_interval=2", "model.export_at_save=true"]
+    assert ranks(2).run(
+        job, arguments(inputs, tmp_path, *more, "model.tensor_model_parallel_size=2"), timeout=240
+    ) == ["", ""]
+    assert sorted(path.name for path in (tmp_path / "exports").iterdir()) == ["step_0000002", "step_0000003"]
+    weights = [
+        load_file(tmp_path / name / "model.safetensors")
+        for name in ("exports/step_0000002", "exports/step_0000003", "hf")
+    ]
+    assert all(torch.equal(weights[1][name], weights[2][name]) for name in weights[2])
+    assert not any(torch.equal(weights[0][name], weights[2][name]) for name in weights[2])
+    AutoTokenizer.from_pretrained(tmp_path / "exports" / "step_0000002")
 
 
 @pytest.mark.parametrize(

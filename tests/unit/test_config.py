@@ -88,6 +88,10 @@ def test_sequence_parallelism_comes_with_tensor_parallelism() -> None:
         ("model.sequence_parallel=true", "needs tensor_model_parallel_size > 1"),
         ("model.data.max_length=100", "leaves no room for a response"),
         ("model.data.train=???", "model.data.train has no value"),
+        (
+            ["model.export_at_save=true", "trainer.save_at_end=false"],
+            "there will be none; set trainer.save_interval",
+        ),
         ("model.restore_from_path=???", "model.restore_from_path has no value"),
         ("model.optim.betas=[0.9,1.0]", "must be in [0, 1)"),
         ("model.optim.sched.min_lr=1", "is above model.optim.lr"),
@@ -97,9 +101,10 @@ def test_sequence_parallelism_comes_with_tensor_parallelism() -> None:
         ),
     ],
 )
-def test_each_wrong_value_is_one_sentence(override: str, message: str) -> None:
+def test_each_wrong_value_is_one_sentence(override: str | list[str], message: str) -> None:
+    overrides = [override] if isinstance(override, str) else override
     with pytest.raises(ConfigError, match=re.escape(message)) as caught:
-        parse(raw(override))
+        parse(raw(*overrides))
     assert "\n" not in str(caught.value)
 
 
