@@ -81,11 +81,8 @@ def run(arguments: argparse.Namespace) -> Report:
 
 
 def _shapes(architecture: Architecture) -> dict[str, torch.Size]:
-    return {
-        name: shape
-        for entry in entries(architecture)
-        for name, shape in zip(entry.hugging_face, entry.shapes(architecture), strict=True)
-    }
+    table = entries(architecture)
+    return {name: shape for entry in table for name, shape in entry.shapes(architecture).items()}
 
 
 def _write(folder: Path, architecture: Architecture) -> int:

@@ -80,7 +80,7 @@ class Job:
                 for parameter in chunks[0].parameters():
                     parameter.normal_(std=0.02) if parameter.dim() > 1 else parameter.fill_(1.0)
         else:
-            load_hf_weights(unwrap(chunks[0]), architecture, layout, model)
+            load_hf_weights([unwrap(chunks[0])], architecture, layout, model)
         chunks = wrap_data_parallel(chunks, distributed_optimizer=False)
         optimizer = build_optimizer(chunks, OptimConfig(distributed=False), 1.0, torch.float32)
         return cls(architecture, layout, chunks, optimizer)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mpo_megatron.conversion.hf_folder import HF_FOLDER, WeightReader, copy_all_but_weights
+from mpo_megatron.conversion.hf_folder import DTYPES, HF_FOLDER, WeightReader, copy_all_but_weights
 from mpo_megatron.conversion.names import Entry, entries
 from mpo_megatron.conversion.torch_dist import CheckpointReader, Chunk, write_checkpoint
 from mpo_megatron.conversion.transforms import VOCABULARY, Cut
@@ -51,6 +51,8 @@ def import_hf(hf: str | Path, output: str | Path, *, progress: bool = False) -> 
     source, target = Path(hf), Path(output)
     architecture = read_architecture(source)
     reader = WeightReader(source)
+    for entry in entries(architecture):
+        reader.check(entry.shapes(architecture))
     chunks = [chunk for entry in entries(architecture) for chunk in _chunks(entry, reader, architecture)]
     size = sum(chunk.nbytes for chunk in chunks)
     with published(target) as temporary, _bar("import", size, progress) as bar:
@@ -62,15 +64,14 @@ def import_hf(hf: str | Path, output: str | Path, *, progress: bool = False) -> 
 
 def _chunks(entry: Entry, reader: WeightReader, architecture: Architecture) -> Iterator[Chunk]:
     """The pieces of one parameter, or of its layer in the stack."""
-    sources = reader.sources(entry, architecture)
-    dtype = sources[0][:0].dtype
+    dtype = DTYPES[reader.stored(entry.hugging_face[0]).dtype]
     name, layer = entry.stored
     if entry.kind is VOCABULARY:
-        (whole,) = entry.shapes(architecture)
+        (whole,) = entry.shapes(architecture).values()
         rows = max(1, PIECE_BYTES // (whole[1] * dtype.itemsize))
         for start, stop in pairwise([*range(0, whole[0], rows), whole[0]]):
             yield Chunk(name, whole, torch.Size((start, 0)), torch.Size((stop - start, whole[1])), dtype,
-                        partial(_rows, reader, entry, architecture, start, stop))  # fmt: skip
+                        partial(_rows, reader, entry, start, stop))  # fmt: skip
         return
     shape = _megatron_shape(entry, architecture)
     values = partial(_parameter, reader, entry, architecture)
@@ -82,14 +83,14 @@ def _chunks(entry: Entry, reader: WeightReader, architecture: Architecture) -> I
         yield Chunk(name, stacked, offsets, torch.Size((1, *shape)), dtype, values)
 
 
-def _rows(reader: WeightReader, entry: Entry, architecture: Architecture, start: int, stop: int) -> Tensor:
-    (source,) = reader.sources(entry, architecture)
+def _rows(reader: WeightReader, entry: Entry, start: int, stop: int) -> Tensor:
+    (source,) = reader.slices(entry.hugging_face)
     rows: Tensor = source[start:stop]
     return rows
 
 
 def _parameter(reader: WeightReader, entry: Entry, architecture: Architecture) -> Tensor:
-    return entry.kind.cut(reader.sources(entry, architecture), Cut(architecture, 0, 0, 1))
+    return entry.kind.cut(reader.slices(entry.hugging_face), Cut(architecture, 0, 0, 1))
 
 
 def export_checkpoint(
@@ -130,11 +131,7 @@ def export_checkpoint(
                 yield hf_name, tensor
                 bar.update(tensor.nbytes)
 
-    shapes = {
-        name: shape
-        for entry, *_ in found
-        for name, shape in zip(entry.hugging_face, entry.shapes(architecture), strict=True)
-    }
+    shapes = {name: shape for entry, *_ in found for name, shape in entry.shapes(architecture).items()}
     dtype = dtype or reader.dtype(found[0][1])
     size = sum(shape.numel() for shape in shapes.values()) * reader.dtype(found[0][1]).itemsize
     with _bar("export", size, progress) as bar:
@@ -169,7 +166,7 @@ def _find(entry: Entry, reader: CheckpointReader, architecture: Architecture) ->
 
 def _megatron_shape(entry: Entry, architecture: Architecture) -> torch.Size:
     """Of a parameter on one rank, of its layer alone; vocabulary without padding."""
-    sources = [torch.empty(shape, device="meta") for shape in entry.shapes(architecture)]
+    sources = [torch.empty(shape, device="meta") for shape in entry.shapes(architecture).values()]
     rows = sources[0].shape[0]
     return entry.kind.cut(sources, Cut(architecture, rows, 0, 1)).shape
 

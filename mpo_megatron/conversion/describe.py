@@ -1,11 +1,11 @@
 """What a model's folder holds, in lines for a person."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 
-from mpo_megatron.conversion.hf_folder import WeightReader, is_checkpoint, model_folder
+from mpo_megatron.conversion.hf_folder import DTYPES, WeightReader, is_checkpoint, model_folder
 from mpo_megatron.conversion.torch_dist import CheckpointReader
 from mpo_megatron.model.architecture import Architecture, read_architecture
 
@@ -45,9 +45,14 @@ def _checkpoint(path: Path, tensors: bool) -> Iterator[str]:
     reader = CheckpointReader(path)
     weights = [name for name in reader.names() if not name.startswith(_OPTIMIZER)]
     state = [name for name in reader.names() if name.startswith(_OPTIMIZER)]
-    yield f"weights    {_sizes([(reader.shape(name), reader.dtype(name)) for name in weights])}"
+
+    def sizes(names: list[str]) -> str:
+        size = sum(reader.shape(name).numel() * reader.dtype(name).itemsize for name in names)
+        return _sizes(len(names), size, (str(reader.dtype(name)) for name in names))
+
+    yield f"weights    {sizes(weights)}"
     if state:
-        yield f"optimizer  {_sizes([(reader.shape(name), reader.dtype(name)) for name in state])}"
+        yield f"optimizer  {sizes(state)}"
         common = torch.load(path / "common.pt", map_location="cpu", weights_only=False)
         yield f"step       {common['step']}"
     else:
@@ -59,18 +64,20 @@ def _checkpoint(path: Path, tensors: bool) -> Iterator[str]:
 
 def _folder(path: Path, tensors: bool) -> Iterator[str]:
     reader = WeightReader(path)
-    found = [(name, reader.lazy(name)[:0].dtype, reader.lazy(name).get_shape()) for name in reader.names()]
-    yield f"weights    {_sizes([(torch.Size(shape), dtype) for _, dtype, shape in found])}"
+    stored = {name: reader.stored(name) for name in reader.names()}
+    # A quantised model, which nothing here can load, has dtypes that torch may not know.
+    found = {name: str(DTYPES.get(one.dtype, one.dtype)) for name, one in stored.items()}
+    size = sum((path / file).stat().st_size for file in {one.file for one in stored.values()})
+    yield f"weights    {_sizes(len(stored), size, found.values())}"
     if tensors:
-        for name, dtype, shape in found:
-            yield _line(name, str(dtype), shape)
+        for name, one in stored.items():
+            yield _line(name, found[name], one.shape)
 
 
-def _sizes(tensors: list[tuple[torch.Size, torch.dtype]]) -> str:
-    size = sum(shape.numel() * dtype.itemsize for shape, dtype in tensors)
-    kinds = sorted({str(dtype).removeprefix("torch.") for _, dtype in tensors})
-    return f"{len(tensors)} tensors, {size / 1e9:.3g} GB of {', '.join(kinds)}"
+def _sizes(count: int, size: int, dtypes: Iterable[str]) -> str:
+    kinds = sorted({dtype.removeprefix("torch.") for dtype in dtypes})
+    return f"{count} tensors, {size / 1e9:.3g} GB of {', '.join(kinds)}"
 
 
-def _line(name: str, dtype: str, shape: object) -> str:
-    return f"{name}  {dtype.removeprefix('torch.')} {list(shape)}"  # type: ignore[call-overload]
+def _line(name: str, dtype: str, shape: Iterable[int]) -> str:
+    return f"{name}  {dtype.removeprefix('torch.')} {list(shape)}"

@@ -49,7 +49,8 @@ def export_hf(
     tensors = _gathered(architecture, parameters, holdings, layout, dtype)
     error = None
     if layout.is_main:
-        shapes = _shapes(architecture, holdings, layout)
+        table = entries(architecture)
+        shapes = {name: shape for entry in table for name, shape in entry.shapes(architecture).items()}
         try:
             write_folder(Path(output), Path(source), shapes, dtype, tensors, max_shard_bytes)
         except CheckpointError as caught:
@@ -74,18 +75,6 @@ def _holdings(parameters: dict[str, torch.nn.Parameter], layout: ParallelLayout)
     everyone: list[dict[str, _Holding]] = [{} for _ in range(layout.world_size)]
     dist.all_gather_object(everyone, mine)
     return {name: holding for held in everyone for name, holding in held.items()}
-
-
-def _shapes(
-    architecture: Architecture, holdings: dict[str, _Holding], layout: ParallelLayout
-) -> dict[str, torch.Size]:
-    """Of the folder's tensors, by name, in order."""
-    shapes: dict[str, torch.Size] = {}
-    for entry in entries(architecture):
-        shard = next(holdings[name].shape for name in entry.megatron if name in holdings)
-        found = entry.kind.shapes(shard, Cut(architecture, shard[0] * layout.tp, 0, layout.tp))
-        shapes.update(zip(entry.hugging_face, found, strict=True))
-    return shapes
 
 
 def _gathered(

@@ -2,22 +2,32 @@
 
 import json
 import shutil
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mpo_megatron.conversion.names import Entry
 from mpo_megatron.errors import CheckpointError, ConfigError
-from mpo_megatron.model.architecture import Architecture
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # The folder of a Megatron checkpoint with everything of the Hugging Face model but its weights.
 HF_FOLDER = "hf"
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.index.json")
+# safetensors' names of the dtypes that weights are read from.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as the header of its file describes it; `dtype` is safetensors' name."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
 
 
 def model_folder(path: str | Path) -> Path:
@@ -68,71 +78,118 @@ def load_tokenizer(folder: str | Path) -> Any:
 
 
 class WeightReader:
-    """The tensors of a folder's safetensors files by name, read when they are indexed.
+    """The tensors of a folder's safetensors files. All headers are read at once, values when they are asked for.
+
+    Of the single file and the index, where both are there, the single file counts, as in transformers.
 
     Raises:
-        CheckpointError: there are no safetensors files, a shard is missing or unreadable, a tensor is not there.
+        CheckpointError: there are no safetensors files, the index is broken, a file is missing, cut short or not
+            readable.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._open: dict[str, Any] = {}
-        self._files = self._find()
+        self._tensors = self._header(SINGLE) if (self.folder / SINGLE).is_file() else self._indexed()
 
-    def _find(self) -> dict[str, str]:
-        """Tensor name to file name."""
-        index = self.folder / INDEX
-        if index.is_file():
-            found: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            for file in sorted(set(found.values())):
-                if not (self.folder / file).is_file():
-                    raise CheckpointError(
-                        f"{self.folder / file} is missing, though {INDEX} names it; copy the shard there"
-                    )
-            return found
-        if not (self.folder / SINGLE).is_file():
-            raise CheckpointError(
-                f"{self.folder} holds neither {SINGLE} nor {INDEX}; save the model with "
-                "save_pretrained(..., safe_serialization=True)"
-            )
-        return dict.fromkeys(self._handle(SINGLE).keys(), SINGLE)
+    def _header(self, file: str) -> dict[str, StoredTensor]:
+        """The tensors of one file by name."""
+        handle = self._open(file)
+        names = handle.keys()
+        slices = {name: handle.get_slice(name) for name in names}
+        return {
+            name: StoredTensor(file, tuple(one.get_shape()), one.get_dtype()) for name, one in slices.items()
+        }
 
-    def _handle(self, file: str) -> Any:
-        if file not in self._open:
-            try:
-                self._open[file] = safe_open(self.folder / file, framework="pt")
-            except SafetensorError as error:
+    def _indexed(self) -> dict[str, StoredTensor]:
+        """The tensors that the index names."""
+        weight_map = self._weight_map()
+        headers = {file: self._header(file) for file in sorted(set(weight_map.values()))}
+        for name, file in weight_map.items():
+            if name not in headers[file]:
                 raise CheckpointError(
-                    f"{self.folder / file} cannot be read ({error}); copy or download it again"
-                ) from error
-        return self._open[file]
+                    f"{self.folder / file} has no tensor {name!r}, though {INDEX} says that it is there; the index and "
+                    "the shards are of different models, so copy or download all of them again"
+                )
+        return {name: headers[file][name] for name, file in weight_map.items()}
+
+    def _weight_map(self) -> dict[str, str]:
+        """The index: tensor name to file name."""
+        path = self.folder / INDEX
+        if not path.is_file():
+            others = sorted(other.name for other in self.folder.glob("pytorch_model*.bin"))
+            found = f"only {', '.join(others)}" if others else f"neither {SINGLE} nor {INDEX}"
+            raise CheckpointError(
+                f"{self.folder} holds {found}; weights are read from safetensors files, which save_pretrained of "
+                "transformers writes: load the model there and save it"
+            )
+        try:
+            weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+            files = {str(name): PurePosixPath(file) for name, file in weight_map.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{path} cannot be read as an index ({error}), which is JSON with a weight_map from tensor names to "
+                "file names; copy or download it again"
+            ) from error
+        for file in sorted(set(files.values())):
+            if file.is_absolute() or ".." in file.parts:
+                raise CheckpointError(
+                    f"{path} names {file}, which is outside the folder; copy the shard into the folder and name that"
+                )
+            if not (self.folder / file).is_file():
+                raise CheckpointError(
+                    f"{self.folder / file} is missing, though {INDEX} names it; copy or download the shard"
+                )
+        return {name: str(file) for name, file in files.items()}
+
+    def _open(self, file: str) -> Any:
+        """Map a file; safetensors compares its length with its header."""
+        try:
+            return safe_open(self.folder / file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{self.folder / file} cannot be read as safetensors ({error}); copy or download it again"
+            ) from error
 
     def names(self) -> list[str]:
         """All tensor names, sorted."""
-        return sorted(self._files)
+        return sorted(self._tensors)
 
-    def lazy(self, name: str) -> Any:
-        """The tensor of that name as a safetensors slice: index it to read."""
-        if name not in self._files:
-            raise CheckpointError(
-                f"{self.folder} has no tensor {name!r}, which the model's config.json asks for"
-            )
-        return self._handle(self._files[name]).get_slice(name)
+    def stored(self, name: str) -> StoredTensor:
+        """What the header of its file says of a tensor."""
+        return self._tensors[name]
 
-    def sources(self, entry: Entry, architecture: Architecture) -> list[Any]:
-        """The lazy tensors of a table's entry, of the shapes that they must have.
+    def check(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Check that the tensors of these names are there, of these shapes, and hold plain floating-point numbers.
 
         Raises:
-            CheckpointError: one is missing or has another shape than config.json says.
+            CheckpointError: a tensor is not there, of another shape, or quantised.
         """
-        found = [self.lazy(name) for name in entry.hugging_face]
-        for name, tensor, shape in zip(entry.hugging_face, found, entry.shapes(architecture), strict=True):
-            if tuple(tensor.get_shape()) != tuple(shape):
+        for name, shape in shapes.items():
+            stored = self._tensors.get(name)
+            if stored is None:
                 raise CheckpointError(
-                    f"{self.folder / self._files[name]}: {name} has shape {tuple(tensor.get_shape())} where "
-                    f"config.json asks for {tuple(shape)}; they do not belong together"
+                    f"{self.folder} has no tensor {name!r}, which the model's config.json asks for; config.json and "
+                    "the weights do not belong together"
                 )
-        return found
+            if stored.dtype not in DTYPES:
+                raise CheckpointError(
+                    f"{self.folder / stored.file}: {name} is stored as {stored.dtype}; training starts from float32, "
+                    "bfloat16 or float16 weights, so dequantise the model first"
+                )
+            if stored.shape != tuple(shape):
+                raise CheckpointError(
+                    f"{self.folder / stored.file}: {name} has the shape {stored.shape}, and by config.json "
+                    f"{tuple(shape)}; config.json and the weights do not belong together"
+                )
+
+    def slices(self, names: Sequence[str]) -> list[Any]:
+        """These tensors as safetensors slices: index one to read it.
+
+        The files are mapped as long as the slices live. Opening one takes less than a millisecond, and the pages of a
+        file that stays open would count as this process's memory, whatever has been read from it.
+        """
+        handles = {file: self._open(file) for file in {self._tensors[name].file for name in names}}
+        return [handles[self._tensors[name].file].get_slice(name) for name in names]
 
 
 def copy_all_but_weights(source: Path, target: Path, dtype: torch.dtype) -> None:

@@ -1,15 +1,21 @@
-"""Fill this rank's model from a Hugging Face folder: each rank reads just its slices."""
+"""Fill this rank's model from a Hugging Face folder: one replica reads, each of its ranks just its slices."""
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 
 from mpo_megatron.conversion.hf_folder import WeightReader
-from mpo_megatron.conversion.names import by_megatron_name
+from mpo_megatron.conversion.names import Entry, by_megatron_name
 from mpo_megatron.conversion.transforms import Cut
+from mpo_megatron.errors import CheckpointError
 from mpo_megatron.model.architecture import Architecture
 from mpo_megatron.model.provider import GroupModel
-from mpo_megatron.runtime.parallel import ParallelLayout
+from mpo_megatron.runtime.parallel import ParallelLayout, raise_together, raising_together
 
 
 def global_parameter_names(model: GroupModel) -> dict[str, torch.nn.Parameter]:
@@ -24,22 +30,76 @@ def global_parameter_names(model: GroupModel) -> dict[str, torch.nn.Parameter]:
     return named
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A parameter of this rank, where its values come from, and the ranks that hold the same values."""
+
+    parameter: torch.nn.Parameter
+    entry: Entry
+    cut: Cut
+    replicas: dist.ProcessGroup
+
+    @property
+    def is_read_here(self) -> bool:
+        return dist.get_rank(self.replicas) == 0
+
+    def read(self, reader: WeightReader) -> None:
+        shard = self.entry.kind.cut(reader.slices(self.entry.hugging_face), self.cut)
+        assert shard.shape == self.parameter.shape, (self.entry, shard.shape, self.parameter.shape)
+        self.parameter.data.copy_(shard)
+
+    def share(self) -> None:
+        """Hand the values on from the rank that has read them."""
+        dist.broadcast(self.parameter.data, group=self.replicas, group_src=0)
+
+
 def load_hf_weights(
-    model: GroupModel, architecture: Architecture, layout: ParallelLayout, folder: str | Path
+    models: Sequence[GroupModel],
+    architecture: Architecture,
+    layout: ParallelLayout,
+    folder: str | Path,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> None:
-    """Fill every parameter of this rank's part of the model from the folder's safetensors files.
+    """Fill this rank's part of the model from the folder's safetensors files; all ranks call it.
+
+    Of the ranks that hold the same values (data and context parallel) the first reads just its slices and sends them to
+    the others, parameter by parameter.
+
+    Args:
+        models: this rank's unwrapped model chunks.
+        progress: wraps this rank's parameters while they are filled.
 
     Raises:
-        CheckpointError: a file or tensor is missing or has another shape than config.json says.
+        CheckpointError: a file or tensor is missing, damaged, or not what config.json says; on all ranks alike, and
+            before a value is read if the files' headers tell it.
     """
-    reader = WeightReader(folder)
+    parts = list(_parts(models, architecture, layout))
+    read_here = [part for part in parts if part.is_read_here]
+    reader: WeightReader | None = None
+    with raising_together(layout):
+        if read_here:
+            reader = WeightReader(folder)
+            for part in read_here:
+                reader.check(part.entry.shapes(architecture))
+    error: CheckpointError | None = None
+    for part in progress(parts):
+        if reader is not None and part.is_read_here and error is None:
+            try:
+                part.read(reader)
+            except CheckpointError as caught:
+                error = caught  # raised at the end: the other ranks wait for what this one sends
+        part.share()
+    raise_together(error, layout)
+
+
+def _parts(
+    models: Sequence[GroupModel], architecture: Architecture, layout: ParallelLayout
+) -> Iterator[_Part]:
+    """All parameters of this rank, in the same order on each rank that holds the same ones."""
     table = by_megatron_name(architecture)
-    for name, parameter in global_parameter_names(model).items():
+    replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    for name, parameter in (item for model in models for item in global_parameter_names(model).items()):
         assert name in table, f"no Hugging Face name for {name}"
-        entry = table[name]
-        padded = parameter.size(0) * layout.tp
-        cut = Cut(architecture, padded, layout.tp_rank, layout.tp)
-        shard = entry.kind.cut(reader.sources(entry, architecture), cut)
-        assert shard.shape == parameter.shape, f"{name}: {tuple(shard.shape)} for {tuple(parameter.shape)}"
-        with torch.no_grad():
-            parameter.copy_(shard)
+        assert getattr(parameter, "allreduce", True), f"{name} is an expert's: other ranks hold its values"
+        cut = Cut(architecture, parameter.size(0) * layout.tp, layout.tp_rank, layout.tp)
+        yield _Part(parameter, table[name], cut, replicas)

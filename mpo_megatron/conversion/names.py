@@ -37,10 +37,11 @@ class Entry:
         layer, rest = name.removeprefix(_LAYERS).split(".", 1)
         return _LAYERS + rest, int(layer)
 
-    def shapes(self, architecture: Architecture) -> list[torch.Size]:
-        """Of the Hugging Face tensors."""
+    def shapes(self, architecture: Architecture) -> dict[str, torch.Size]:
+        """Of the Hugging Face tensors, by name."""
         sizes = architecture.sizes
-        return [torch.Size(sizes[letter] for letter in letters) for letters in self.sizes]
+        shapes = [torch.Size(sizes[letter] for letter in letters) for letters in self.sizes]
+        return dict(zip(self.hugging_face, shapes, strict=True))
 
 
 EMBEDDING = Entry(

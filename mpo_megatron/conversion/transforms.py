@@ -42,11 +42,6 @@ class Kind:
     cut: Callable[[Sequence[Lazy], Cut], Tensor]
     join: Callable[[Sequence[Tensor], Cut], list[Tensor]]
 
-    def shapes(self, shard: Sequence[int], cut: Cut) -> list[torch.Size]:
-        """Of the Hugging Face tensors whose shards, of all ranks, have this shape."""
-        shards = [torch.empty(tuple(shard), device="meta")] * cut.size
-        return [tensor.shape for tensor in self.join(shards, cut)]
-
 
 def _cut_columns(sources: Sequence[Lazy], cut: Cut) -> Tensor:
     (source,) = sources

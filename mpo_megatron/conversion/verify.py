@@ -116,7 +116,7 @@ def _megatron(
     if is_checkpoint(folder):
         load_megatron_weights([model], layout, folder)
     else:
-        load_hf_weights(model, architecture, layout, folder)
+        load_hf_weights([model], architecture, layout, folder)
     model.eval()
     with torch.no_grad():
         return torch.cat(

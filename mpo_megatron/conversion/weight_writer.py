@@ -14,12 +14,12 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from mpo_megatron.conversion.hf_folder import INDEX, SINGLE, copy_all_but_weights
+from mpo_megatron.conversion.hf_folder import DTYPES, INDEX, SINGLE, copy_all_but_weights
 from mpo_megatron.runtime.publish import check_space, published
 
 MAX_SHARD_BYTES = 5 * 10**9
 
-_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class WeightWriter:
@@ -84,7 +84,7 @@ class WeightWriter:
         for name in names:
             stop = start + self._bytes(name)
             entries[name] = {
-                "dtype": _DTYPES[self.dtype],
+                "dtype": _NAMES[self.dtype],
                 "shape": list(self.shapes[name]),
                 "data_offsets": [start, stop],
             }

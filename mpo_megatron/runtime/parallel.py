@@ -6,6 +6,8 @@ needs show in its arguments.
 
 import datetime
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -135,6 +137,17 @@ def raise_together(error: UserError | None, layout: ParallelLayout) -> None:
     for raised in errors:
         if raised is not None:
             raise raised
+
+
+@contextmanager
+def raising_together(layout: ParallelLayout) -> Iterator[None]:
+    """Run a block that may stop at a UserError on some ranks, and raise it on every rank. All ranks enter it."""
+    error = None
+    try:
+        yield
+    except UserError as caught:
+        error = caught
+    raise_together(error, layout)
 
 
 def shutdown() -> None:

@@ -15,9 +15,9 @@ import mpo_megatron
 from mpo_megatron.conversion.hf_folder import is_checkpoint
 from mpo_megatron.conversion.load import load_hf_weights
 from mpo_megatron.conversion.restore import load_megatron_weights
-from mpo_megatron.errors import CheckpointError, UserError
+from mpo_megatron.errors import CheckpointError
 from mpo_megatron.model.provider import build_model, unwrap
-from mpo_megatron.runtime.parallel import raise_together
+from mpo_megatron.runtime.parallel import raising_together
 from mpo_megatron.training.checkpoint import latest_checkpoint, load_checkpoint
 from mpo_megatron.training.experiment import CHECKPOINTS, Experiment, start_experiment
 from mpo_megatron.training.exports import BackgroundExports
@@ -81,27 +81,19 @@ def build_job(setup: Setup) -> Job:
 def _load_weights(chunks: list[Any], setup: Setup) -> None:
     """Fill the model from `model.restore_from_path`: a Hugging Face folder or a distributed checkpoint."""
     models, folder = [unwrap(chunk) for chunk in chunks], setup.config.model.restore_from_path
-    error = None
-    try:
-        if is_checkpoint(folder):
-            load_megatron_weights(models, setup.layout, folder)
-        else:
-            for model in models:
-                load_hf_weights(model, setup.architecture, setup.layout, folder)
-    except UserError as caught:
-        error = caught
-    raise_together(error, setup.layout)
+    if is_checkpoint(folder):
+        load_megatron_weights(models, setup.layout, folder)
+        return
+    bar = progress("weights", "tensor", setup.layout.is_main)
+    load_hf_weights(models, setup.architecture, setup.layout, folder, bar)
 
 
 def _open_experiment(setup: Setup) -> tuple[Experiment | None, Path]:
     """The experiment, on rank 0, and its folder, on all ranks."""
-    experiment, error = None, None
-    if setup.layout.is_main:
-        try:
+    experiment = None
+    with raising_together(setup.layout):
+        if setup.layout.is_main:
             experiment = start_experiment(setup.config)
-        except UserError as caught:
-            error = caught
-    raise_together(error, setup.layout)
     folder = [str(experiment.folder) if experiment else ""]
     dist.broadcast_object_list(folder, src=0)
     return experiment, Path(folder[0])

@@ -13,15 +13,16 @@ import torch.distributed as dist
 
 from mpo_megatron import objectives
 from mpo_megatron.config import Config, DataConfig
-from mpo_megatron.conversion.hf_folder import load_tokenizer, model_folder
+from mpo_megatron.conversion.hf_folder import WeightReader, is_checkpoint, load_tokenizer, model_folder
+from mpo_megatron.conversion.torch_dist import CheckpointReader
 from mpo_megatron.data import GroupDataset, TokenizeOptions, build_dataset
-from mpo_megatron.errors import ConfigError, UserError
+from mpo_megatron.errors import ConfigError
 from mpo_megatron.model.architecture import Architecture, check_layout, read_architecture
 from mpo_megatron.model.attention import choose_backend
 from mpo_megatron.model.provider import ModelOptions, uses_transformer_engine
 from mpo_megatron.objectives.registry import Objective
 from mpo_megatron.runtime.device import choose_device
-from mpo_megatron.runtime.parallel import ParallelLayout, initialize, raise_together
+from mpo_megatron.runtime.parallel import ParallelLayout, initialize, raising_together
 from mpo_megatron.scheduling.order import in_order, step_groups, steps_per_epoch
 from mpo_megatron.scheduling.plan import Pipeline
 from mpo_megatron.scheduling.rows import RowSource
@@ -89,6 +90,10 @@ def prepare(config: Config) -> Setup:
         cp=model.context_parallel_size,
     )
     _check_devices(config, layout)
+    with raising_together(layout):
+        if layout.is_main:  # broken files are found before the data are tokenised
+            path = model.restore_from_path
+            CheckpointReader(path) if is_checkpoint(path) else WeightReader(path)
 
     train_data = _on_one_rank_per_node(lambda: _open(config, model.data.train), layout)
     per_epoch = steps_per_epoch(len(train_data), model.global_batch_size)
@@ -197,13 +202,9 @@ def _open(config: Config, path: str) -> GroupDataset:
 
 def _on_one_rank_per_node(build: Callable[[], GroupDataset], layout: ParallelLayout) -> GroupDataset:
     """Call `build` on each node's first rank, then on the others, which find its cache. Its errors reach all ranks."""
-    error: UserError | None = None
-    if layout.local_rank == 0:
-        try:
+    with raising_together(layout):
+        if layout.local_rank == 0:
             build()
-        except UserError as caught:
-            error = caught
-    raise_together(error, layout)
     data = build()
     fingerprints: list[Any] = [None] * layout.world_size
     dist.all_gather_object(fingerprints, data.fingerprint)

@@ -73,11 +73,11 @@ def build(folder: Path, sizes: list[int], wanted: Layout, lr: float = 1e-3, seed
         }
     )
     chunks = build_model(architecture, layout, options)
+    inner = [unwrap(chunk) for chunk in chunks]
     if is_checkpoint(folder):
-        load_megatron_weights([unwrap(chunk) for chunk in chunks], layout, folder)
+        load_megatron_weights(inner, layout, folder)
     else:
-        for chunk in chunks:
-            load_hf_weights(unwrap(chunk), architecture, layout, folder)
+        load_hf_weights(inner, architecture, layout, folder)
     chunks = wrap_data_parallel(chunks, wanted.distributed_optimizer)
     optim = OptimConfig(lr=lr, distributed=wanted.distributed_optimizer, sched=SchedConfig(warmup_ratio=0.0))
     clip = 0.0 if options.dtype == torch.float64 else 1.0  # Megatron clips float32 gradients alone

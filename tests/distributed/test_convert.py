@@ -28,7 +28,7 @@ def assert_same_folder(first: Path, second: Path) -> None:
     before, after = WeightReader(first), WeightReader(second)
     assert before.names() == after.names()
     for name in before.names():
-        a, b = before.lazy(name)[:], after.lazy(name)[:]
+        a, b = (reader.slices([name])[0][:] for reader in (before, after))
         assert a.dtype == b.dtype
         assert torch.equal(a, b), name
     assert json.loads((first / "config.json").read_text()) == json.loads((second / "config.json").read_text())

@@ -1,8 +1,11 @@
 """The main job, whole, on a small model: layouts agree, step 0 is exact, a run resumes, wrong input is one sentence."""
 
+import contextlib
+import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -270,6 +273,28 @@ def job_killed_after(overrides: list[str], steps: int, lines: Path) -> str:
     return "ended"
 
 
+def printed(overrides: list[str]) -> str:
+    """Run the job. Returns what this rank has printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        assert job(overrides) == ""
+    return output.getvalue()
+
+
+def test_bars_show_on_rank_0(inputs: dict[str, Path], ranks: Any, tmp_path: Path) -> None:
+    """In a log file a bar is one line, of which the last state shows."""
+    more = ["model.pipeline_model_parallel_size=2", "trainer.max_steps=1", "model.data.validation=null"]
+    first, second = ranks(2).run(printed, arguments(inputs, tmp_path, *more), timeout=240)
+    bars = {line.rpartition("\r")[2] for line in first.splitlines()}
+    # Of four layers of six parameters each and the embedding, this stage has two layers and the embedding.
+    for start, end in (
+        ("weights: 100%", " 13/13 "),
+        ("reference, train: 100%", " 1/1 "),
+        ("training: 100%", " 1/1 "),
+    ):
+        assert any(bar.startswith(start) and end in bar for bar in bars), bars
+    assert second == ""
+
+
 def test_bfloat16_and_the_other_objective_run(inputs: dict[str, Path], ranks: Any, tmp_path: Path) -> None:
     more = ["trainer.precision=bf16", "model.mpo.objective=mpo", "trainer.max_steps=2"]
     assert ranks(2).run(job, arguments(inputs, tmp_path, *more), timeout=240) == ["", ""]
@@ -374,6 +399,18 @@ def test_wrong_configuration_is_one_sentence(
     (error,) = ranks(1).run(job, arguments(inputs, tmp_path / "run", override), timeout=120)
     assert message in error
     assert "\n" not in error
+
+
+def test_broken_weights_stop_all_ranks_before_the_data_are_tokenised(
+    inputs: dict[str, Path], ranks: Any, tmp_path: Path
+) -> None:
+    weights = shutil.copytree(inputs["model"], tmp_path / "model") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    more = [f"model.restore_from_path={weights.parent}", f"model.data.cache_dir={tmp_path / 'cache'}"]
+    errors = ranks(2).run(job, arguments(inputs, tmp_path / "run", *more), timeout=120)
+    assert f"{weights} cannot be read" in errors[0]
+    assert errors == [errors[0]] * 2
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
 
 
 @pytest.mark.parametrize("asked", ["model.attention_backend=te", "model.transformer_impl=transformer_engine"])

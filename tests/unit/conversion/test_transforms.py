@@ -62,14 +62,15 @@ def test_vocabulary_is_padded_with_zeros() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_hugging_face_tensor_is_named_once(family: str) -> None:
+def test_every_hugging_face_tensor_is_named_once_with_its_shape(family: str) -> None:
     for tied in (True, False):
         config = AutoConfig.for_model(
             family, vocab_size=37, hidden_size=48, intermediate_size=36, num_hidden_layers=2, num_attention_heads=12,
             num_key_value_heads=6, head_dim=4, tie_word_embeddings=tied,
         )  # fmt: skip
         model = AutoModelForCausalLM.from_config(config)
-        theirs = dict(model.named_parameters())  # tied weights once
-        ours = [name for entry in entries(architecture_of(config)) for name in entry.hugging_face]
-        assert sorted(ours) == sorted(theirs)
-        assert "output_layer.weight" in by_megatron_name(architecture_of(config))
+        theirs = {name: parameter.shape for name, parameter in model.named_parameters()}  # tied weights once
+        architecture = architecture_of(config)
+        ours = [item for entry in entries(architecture) for item in entry.shapes(architecture).items()]
+        assert sorted(ours) == sorted(theirs.items())
+        assert "output_layer.weight" in by_megatron_name(architecture)
