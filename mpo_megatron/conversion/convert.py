@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mpo_megatron.conversion.check import check_weights
 from mpo_megatron.conversion.hf_folder import DTYPES, HF_FOLDER, WeightReader, copy_all_but_weights
 from mpo_megatron.conversion.names import Entry, entries
 from mpo_megatron.conversion.torch_dist import CheckpointReader, Chunk, write_checkpoint
@@ -51,8 +52,7 @@ def import_hf(hf: str | Path, output: str | Path, *, progress: bool = False) -> 
     source, target = Path(hf), Path(output)
     architecture = read_architecture(source)
     reader = WeightReader(source)
-    for entry in entries(architecture):
-        reader.check(entry.shapes(architecture))
+    check_weights(reader, entries(architecture), architecture)
     chunks = [chunk for entry in entries(architecture) for chunk in _chunks(entry, reader, architecture)]
     size = sum(chunk.nbytes for chunk in chunks)
     with published(target) as temporary, _bar("import", size, progress) as bar:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from mpo_megatron.conversion.check import check_weights
 from mpo_megatron.conversion.hf_folder import WeightReader
 from mpo_megatron.conversion.names import Entry, by_megatron_name
 from mpo_megatron.conversion.transforms import Cut
@@ -79,8 +80,8 @@ def load_hf_weights(
     with raising_together(layout):
         if read_here:
             reader = WeightReader(folder)
-            for part in read_here:
-                reader.check(part.entry.shapes(architecture))
+            mine = (part.entry for part in read_here)
+            check_weights(reader, mine, architecture, (layout.tp_rank, layout.tp))
     error: CheckpointError | None = None
     for part in progress(parts):
         if reader is not None and part.is_read_here and error is None:

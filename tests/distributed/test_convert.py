@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mpo_megatron.conversion.convert import export_checkpoint, import_hf
 from mpo_megatron.conversion.hf_folder import INDEX, WeightReader, is_checkpoint, model_folder
@@ -62,6 +62,20 @@ def test_embedding_in_pieces_and_weights_in_shards(tmp_path: Path, monkeypatch: 
     export_checkpoint(tmp_path / "imported", tmp_path / "exported", max_shard_bytes=20_000)
     assert len(list((tmp_path / "exported").glob("*.safetensors"))) > 3
     assert_same_folder(source, tmp_path / "exported")
+
+
+def test_an_output_layer_in_a_tied_model(tmp_path: Path) -> None:
+    source = make_llama(tmp_path / "source")
+    weights = load_file(source / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    import_hf(source, tmp_path / "imported")
+    weights["lm_head.weight"][-1, -1] += 1
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=r"lm_head\.weight has values of its own; set tie_word_embeddings"
+    ):
+        import_hf(source, tmp_path / "another")
 
 
 def test_another_dtype(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from megatron.core import tensor_parallel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from mpo_megatron.conversion.hf_folder import SINGLE, WeightReader
 from mpo_megatron.conversion.load import global_parameter_names, load_hf_weights
@@ -163,3 +164,19 @@ def test_a_wrong_tensor_is_named(name: str, change: Any, message: str, ranks: An
     errors = ranks(4).run(load_error, folder, Layout(tp=2))
     assert message in errors[0]
     assert errors == [errors[0]] * 4
+
+
+def test_tied_weights_with_an_output_layer_of_their_own_are_refused(ranks: Any, tmp_path: Path) -> None:
+    """transformers would not tie them. A copy, which older files hold, is as good as none."""
+    folder = make_llama(tmp_path)
+    weights = load_file(folder / SINGLE)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, folder / SINGLE)
+    assert ranks(2).run(load_error, folder, Layout(pp=2)) == ["", ""]
+    weights["lm_head.weight"][-1, -1] += 1
+    save_file(weights, folder / SINGLE, metadata={"format": "pt"})
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    assert not torch.equal(theirs.lm_head.weight, theirs.model.embed_tokens.weight)
+    errors = ranks(2).run(load_error, folder, Layout(tp=2))
+    assert "lm_head.weight has values of its own; set tie_word_embeddings to false" in errors[0]
+    assert errors == [errors[0]] * 2

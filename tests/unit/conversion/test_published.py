@@ -18,7 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mpo_megatron.conversion.load import global_parameter_names
-from mpo_megatron.conversion.names import TIED_OUTPUT, by_megatron_name, entries, hugging_face_shapes
+from mpo_megatron.conversion.names import TIED_OUTPUT, by_megatron_name, entries
 from mpo_megatron.conversion.transforms import COLUMNS, REPLICATED, Cut, Kind
 from mpo_megatron.model.architecture import Architecture, architecture_of, check_layout
 from mpo_megatron.model.provider import ModelOptions, build_model, unwrap
@@ -106,7 +106,7 @@ def check_rank(
         entry = table[name]
         cut = Cut(architecture, parameter.size(0) * layout.tp, layout.tp_rank, layout.tp)
         sources = {source: shapes[source] for source in entry.hugging_face}
-        assert hugging_face_shapes(entry, parameter.shape, cut) == sources
+        assert entry.shapes(architecture) == sources
         with torch.device("meta"):
             shard = entry.kind.cut([torch.empty(shape) for shape in sources.values()], cut)
         assert shard.shape == parameter.shape
