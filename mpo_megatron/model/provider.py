@@ -1,4 +1,16 @@
-"""Build this rank's part of the model: configuration, layer spec, and GPTModel chunks for packed rows."""
+"""Build this rank's part of the model: configuration, layer spec, and GPTModel chunks for packed rows.
+
+Nothing but this module and `conversion.names` knows Megatron's GPTModel, which Megatron-core 0.19 deprecates in favour
+of HybridModel. A second model class would have to supply, beside its own table of names:
+
+- chunks for (pipeline rank, virtual stage) from the same configuration, whose parameters are named
+  `decoder.layers.N...` with each layer's own `layer_number`, and whose `sharded_state_dict` stacks the layers;
+- a `forward` that takes a PackedRow, hands `RowParams` to every attention layer (`model.attention` computes from it)
+  and the row's position ids to the rotary embedding, and returns the output layer's result untouched;
+- an output layer that `model.head.ResponseHead` can take the place of: a vocabulary-parallel weight, its own or the
+  embedding's;
+- gradients finalised by Megatron's `finalize_model_grads`: tied embeddings and QK norms summed over their ranks.
+"""
 
 import importlib.util
 from dataclasses import dataclass
