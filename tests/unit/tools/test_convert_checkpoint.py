@@ -1,6 +1,7 @@
 """The command: import, verify, inspect and export as a user types them, and one sentence for what is wrong."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,11 @@ TOOL = Path(convert_checkpoint.__file__)
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own."""
     command = [sys.executable, str(TOOL), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    environment = {
+        **os.environ,
+        "GLOO_SOCKET_IFNAME": "lo",
+    }  # else a warning where the host's name has no address
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
 
 
 def test_a_model_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
