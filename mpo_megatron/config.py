@@ -113,6 +113,7 @@ class ModelConfig:
     num_layers_in_first_pipeline_stage: int | None = None  # None: as many as the other stages
     num_layers_in_last_pipeline_stage: int | None = None
     context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1  # ranks of context x data parallelism that share a layer's experts
     sequence_parallel: bool | None = None  # None: with tensor parallelism
     transformer_impl: str = "auto"  # auto | transformer_engine | local
     attention_backend: str = "auto"  # auto | varlen | te | sdpa
@@ -267,6 +268,7 @@ def _check(config: Config) -> None:
         "tensor_model_parallel_size",
         "pipeline_model_parallel_size",
         "context_parallel_size",
+        "expert_model_parallel_size",
         "global_batch_size",
         "max_tokens_per_micro_batch",
         "make_vocab_size_divisible_by",

@@ -65,7 +65,7 @@ def import_hf(hf: str | Path, output: str | Path, *, progress: bool = False) -> 
 def _chunks(entry: Entry, reader: WeightReader, architecture: Architecture) -> Iterator[Chunk]:
     """The pieces of one parameter, or of its layer in the stack."""
     dtype = DTYPES[reader.stored(entry.hugging_face[0]).dtype]
-    name, layer = entry.stored
+    name, place = entry.stored
     if entry.kind is VOCABULARY:
         (whole,) = entry.shapes(architecture).values()
         rows = max(1, PIECE_BYTES // (whole[1] * dtype.itemsize))
@@ -75,12 +75,9 @@ def _chunks(entry: Entry, reader: WeightReader, architecture: Architecture) -> I
         return
     shape = _megatron_shape(entry, architecture)
     values = partial(_parameter, reader, entry, architecture)
-    if layer is None:
-        yield Chunk(name, shape, torch.Size([0] * len(shape)), shape, dtype, values)
-    else:
-        stacked = torch.Size((architecture.num_layers, *shape))
-        offsets = torch.Size((layer, *(0 for _ in shape)))
-        yield Chunk(name, stacked, offsets, torch.Size((1, *shape)), dtype, values)
+    stack = _stack(place, architecture)
+    yield Chunk(name, torch.Size((*stack, *shape)), torch.Size((*place, *(0 for _ in shape))),
+                torch.Size((*(1 for _ in stack), *shape)), dtype, values)  # fmt: skip
 
 
 def _rows(reader: WeightReader, entry: Entry, start: int, stop: int) -> Tensor:
@@ -144,17 +141,16 @@ def _bar(title: str, size: int, shown: bool) -> Any:
 
 def _find(entry: Entry, reader: CheckpointReader, architecture: Architecture) -> tuple[str, tuple[int, ...]]:
     """The name of a parameter in the checkpoint, and its place in the stack of layers where it is in one."""
-    stacked, layer = entry.stored
-    names = {stacked: () if layer is None else (layer,), **dict.fromkeys(entry.megatron, ())}
+    stacked, place = entry.stored
+    names = {stacked: place, **dict.fromkeys(entry.megatron, ())}
     name = next((name for name in names if name in reader), None)
     if name is None:
         raise CheckpointError(
             f"{reader.folder} has no tensor {stacked}, which the model of its config.json needs; its files do not "
             "belong together"
         )
-    found, wanted = reader.shape(name), _megatron_shape(entry, architecture)
-    if names[name]:
-        wanted = torch.Size((architecture.num_layers, *wanted))
+    stack = _stack(names[name], architecture)
+    found, wanted = reader.shape(name), torch.Size((*stack, *_megatron_shape(entry, architecture)))
     padded = entry.kind is VOCABULARY and found[0] >= wanted[0]
     if found[padded:] != wanted[padded:]:
         raise CheckpointError(
@@ -162,6 +158,12 @@ def _find(entry: Entry, reader: CheckpointReader, architecture: Architecture) ->
             "its files do not belong together"
         )
     return name, names[name]
+
+
+def _stack(place: tuple[int, ...], architecture: Architecture) -> torch.Size:
+    """The dimensions before a parameter's own in a checkpoint: layers, and experts of each."""
+    experts = 1 if architecture.experts is None else architecture.experts.number
+    return torch.Size((architecture.num_layers, experts)[: len(place)])
 
 
 def _megatron_shape(entry: Entry, architecture: Architecture) -> torch.Size:

@@ -1,4 +1,4 @@
-"""Write the trained model as a Hugging Face folder, parameter by parameter, from any tensor / pipeline layout."""
+"""Write the trained model as a Hugging Face folder, parameter by parameter, from any layout."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -62,19 +62,22 @@ def export_hf(
 
 @dataclass(frozen=True)
 class _Holding:
-    """Where a parameter is: the rank that speaks for its stage, and the shape of each shard."""
+    """Where a parameter is: the first rank that holds a shard of it, and the shape of each shard."""
 
     rank: int
     shape: torch.Size
 
 
 def _holdings(parameters: dict[str, torch.nn.Parameter], layout: ParallelLayout) -> dict[str, _Holding]:
-    """By Megatron name, from every stage of the first data-parallel replica; the same on all ranks."""
-    speaks = layout.dp_rank == layout.cp_rank == layout.tp_rank == 0
+    """By Megatron name, from every stage and all experts; the same on all ranks.
+
+    The first replica of the experts speaks, whose ranks hold different experts, but the same of everything else.
+    """
+    speaks = layout.tp_rank == 0 and parallel_state.get_expert_data_parallel_rank() == 0
     mine = {name: _Holding(layout.rank, p.shape) for name, p in parameters.items()} if speaks else {}
     everyone: list[dict[str, _Holding]] = [{} for _ in range(layout.world_size)]
     dist.all_gather_object(everyone, mine)
-    return {name: holding for held in everyone for name, holding in held.items()}
+    return {name: holding for held in reversed(everyone) for name, holding in held.items()}
 
 
 def _gathered(
@@ -101,15 +104,16 @@ def _gather(
 ) -> list[Tensor] | None:
     """On rank 0 the parameter's shards in tensor-parallel order, on the CPU; None on the other ranks.
 
-    The first data-parallel replica gathers over its tensor-parallel group on the stage that holds the parameter; that
-    stage's first rank hands the shards on to rank 0.
+    The first tensor-parallel group that holds the parameter gathers it, and its first rank hands the shards on to
+    rank 0.
     """
-    if layout.dp_rank or layout.cp_rank:
-        return None
     name = next(name for name in entry.megatron if name in holdings)
     holding = holdings[name]
+    gathers = parallel_state.get_tensor_model_parallel_src_rank() == holding.rank
+    if not (gathers or layout.is_main):
+        return None
     stacked = torch.empty(layout.tp, *holding.shape, dtype=dtype, device=layout.device)
-    if name in parameters:
+    if gathers:
         dist.all_gather(
             list(stacked.unbind()),
             parameters[name].detach(),

@@ -18,15 +18,20 @@ from mpo_megatron.model.architecture import Architecture
 from mpo_megatron.model.provider import GroupModel
 from mpo_megatron.runtime.parallel import ParallelLayout, raise_together, raising_together
 
+_LAYERS, _EXPERTS = "decoder.layers.", "mlp.experts.local_experts."
+
 
 def global_parameter_names(model: GroupModel) -> dict[str, torch.nn.Parameter]:
-    """The model's parameters by name, with each layer's number counted over the whole model, not over this stage."""
+    """The model's parameters by name, layers and experts counted over the whole model, not over this rank's."""
     named = {}
     for name, parameter in model.named_parameters():
-        if name.startswith("decoder.layers."):
-            local, rest = name.removeprefix("decoder.layers.").split(".", 1)
-            number = model.decoder.layers[int(local)].layer_number - 1
-            name = f"decoder.layers.{number}.{rest}"
+        if name.startswith(_LAYERS):
+            number, rest = name.removeprefix(_LAYERS).split(".", 1)
+            layer = model.decoder.layers[int(number)]
+            if rest.startswith(_EXPERTS):
+                expert, rest = rest.removeprefix(_EXPERTS).split(".", 1)
+                rest = f"{_EXPERTS}{layer.mlp.local_expert_indices[int(expert)]}.{rest}"
+            name = f"{_LAYERS}{layer.layer_number - 1}.{rest}"
         named[name] = parameter
     return named
 
@@ -63,8 +68,8 @@ def load_hf_weights(
 ) -> None:
     """Fill this rank's part of the model from the folder's safetensors files; all ranks call it.
 
-    Of the ranks that hold the same values (data and context parallel) the first reads just its slices and sends them to
-    the others, parameter by parameter.
+    Of the ranks that hold the same values (data and context parallel, of experts those that hold the same ones) the
+    first reads just its slices and sends them to the others, parameter by parameter.
 
     Args:
         models: this rank's unwrapped model chunks.
@@ -99,8 +104,9 @@ def _parts(
     """All parameters of this rank, in the same order on each rank that holds the same ones."""
     table = by_megatron_name(architecture)
     replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    expert_replicas = parallel_state.get_expert_data_parallel_group()
     for name, parameter in (item for model in models for item in global_parameter_names(model).items()):
         assert name in table, f"no Hugging Face name for {name}"
-        assert getattr(parameter, "allreduce", True), f"{name} is an expert's: other ranks hold its values"
         cut = Cut(architecture, parameter.size(0) * layout.tp, layout.tp_rank, layout.tp)
-        yield _Part(parameter, table[name], cut, replicas)
+        is_expert = not getattr(parameter, "allreduce", True)
+        yield _Part(parameter, table[name], cut, expert_replicas if is_expert else replicas)

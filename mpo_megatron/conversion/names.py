@@ -1,11 +1,11 @@
 """Which Hugging Face tensors make up which Megatron parameter.
 
-`{i}` is the layer's number from 0 over the whole model. Megatron's norms have two names: their own under the
-local layer spec, and inside the linear layer that they are fused with under Transformer Engine's; checkpoints have the
-latter under either, so it stands last.
+`{i}` is the layer's number from 0 over the whole model, `{e}` that of an expert over all of the layer's, on whatever
+rank it is. Megatron's norms have two names: their own under the local layer spec, and inside the linear layer that they
+are fused with under Transformer Engine's; checkpoints have the latter under either, so it stands last.
 
 Sizes in the table: H hidden size, Q and K rows of the query and of the key (and value) projection, D head size, F
-feed-forward size, V vocabulary; see `Architecture.sizes`.
+feed-forward size (of an expert), E experts, V vocabulary; see `Architecture.sizes`.
 """
 
 from collections.abc import Iterator
@@ -29,13 +29,12 @@ class Entry:
     sizes: tuple[str, ...]  # of each Hugging Face tensor, such as "FH"
 
     @property
-    def stored(self) -> tuple[str, int | None]:
-        """(name in a distributed checkpoint, layer): Megatron stacks the layers there."""
-        name = self.megatron[-1]
-        if not name.startswith(_LAYERS):
-            return name, None
-        layer, rest = name.removeprefix(_LAYERS).split(".", 1)
-        return _LAYERS + rest, int(layer)
+    def stored(self) -> tuple[str, tuple[int, ...]]:
+        """(name in a distributed checkpoint, place in it): Megatron stacks layers there, and in each the experts."""
+        parts = self.megatron[-1].split(".")
+        place = tuple(int(part) for part in parts if part.isdigit())
+        name = ".".join(part for part in parts if not part.isdigit())
+        return name.replace("local_experts", "experts"), place
 
     def shapes(self, architecture: Architecture) -> dict[str, torch.Size]:
         """Of the Hugging Face tensors, by name."""
@@ -54,7 +53,7 @@ TIED_OUTPUT = replace(EMBEDDING, megatron=OUTPUT.megatron)
 
 _LAYER = _LAYERS + "{i}."
 _HF_LAYER = "model.layers.{i}."
-LLAMA_LAYER = (
+ATTENTION = (
     Entry(
         (_LAYER + "input_layernorm.weight", _LAYER + "self_attention.linear_qkv.layer_norm_weight"),
         (_HF_LAYER + "input_layernorm.weight",),
@@ -72,24 +71,6 @@ LLAMA_LAYER = (
         (_HF_LAYER + "self_attn.o_proj.weight",),
         transforms.COLUMNS,
         ("HQ",),
-    ),
-    Entry(
-        (_LAYER + "pre_mlp_layernorm.weight", _LAYER + "mlp.linear_fc1.layer_norm_weight"),
-        (_HF_LAYER + "post_attention_layernorm.weight",),
-        transforms.REPLICATED,
-        ("H",),
-    ),
-    Entry(
-        (_LAYER + "mlp.linear_fc1.weight",),
-        (_HF_LAYER + "mlp.gate_proj.weight", _HF_LAYER + "mlp.up_proj.weight"),
-        transforms.GATE_UP,
-        ("FH", "FH"),
-    ),
-    Entry(
-        (_LAYER + "mlp.linear_fc2.weight",),
-        (_HF_LAYER + "mlp.down_proj.weight",),
-        transforms.COLUMNS,
-        ("HF",),
     ),
 )
 QKV_BIAS = (
@@ -111,21 +92,50 @@ QK_NORM = tuple(
 )
 
 
+def _swiglu(megatron: str, hugging_face: str) -> tuple[Entry, ...]:
+    """A feed-forward part, or an expert, by its name on either side."""
+    gate, up, down = (_HF_LAYER + f"{hugging_face}.{name}_proj.weight" for name in ("gate", "up", "down"))
+    return (
+        Entry((_LAYER + f"{megatron}.linear_fc1.weight",), (gate, up), transforms.GATE_UP, ("FH", "FH")),
+        Entry((_LAYER + f"{megatron}.linear_fc2.weight",), (down,), transforms.COLUMNS, ("HF",)),
+    )
+
+
+# Before the router the norm stays a layer of its own, under Transformer Engine's spec too.
+EXPERTS_NORM = Entry(
+    (_LAYER + "pre_mlp_layernorm.weight",),
+    (_HF_LAYER + "post_attention_layernorm.weight",),
+    transforms.REPLICATED,
+    ("H",),
+)
+MLP_NORM = replace(
+    EXPERTS_NORM, megatron=(*EXPERTS_NORM.megatron, _LAYER + "mlp.linear_fc1.layer_norm_weight")
+)
+MLP = (MLP_NORM, *_swiglu("mlp", "mlp"))
+ROUTER = Entry(
+    (_LAYER + "mlp.router.weight",), (_HF_LAYER + "mlp.gate.weight",), transforms.REPLICATED, ("EH",)
+)
+EXPERT = _swiglu("mlp.experts.local_experts.{e}", "mlp.experts.{e}")
+
+
 def layer_entries(block: Family) -> tuple[Entry, ...]:
-    """The parameters of one layer of a family."""
-    return LLAMA_LAYER + (QKV_BIAS if block.qkv_bias else ()) + (QK_NORM if block.qk_norm else ())
+    """The parameters of one layer of a family, those of one expert for all."""
+    biases_and_norms = (QKV_BIAS if block.qkv_bias else ()) + (QK_NORM if block.qk_norm else ())
+    return ATTENTION + biases_and_norms + ((EXPERTS_NORM, ROUTER, *EXPERT) if block.experts else MLP)
 
 
 def entries(architecture: Architecture) -> Iterator[Entry]:
-    """The parameters of the whole model in order, layer numbers filled in; each Hugging Face tensor is in one."""
+    """The parameters of the whole model in order, all numbers filled in; each Hugging Face tensor is in one."""
     yield EMBEDDING
     for i in range(architecture.num_layers):
         for entry in layer_entries(architecture.block):
-            yield replace(
-                entry,
-                megatron=tuple(name.format(i=i) for name in entry.megatron),
-                hugging_face=tuple(name.format(i=i) for name in entry.hugging_face),
-            )
+            experts = architecture.experts.number if architecture.experts and entry in EXPERT else 1
+            for e in range(experts):
+                yield replace(
+                    entry,
+                    megatron=tuple(name.format(i=i, e=e) for name in entry.megatron),
+                    hugging_face=tuple(name.format(i=i, e=e) for name in entry.hugging_face),
+                )
     yield FINAL_NORM
     if not architecture.tied_embeddings:
         yield OUTPUT

@@ -16,6 +16,7 @@ class Family:
 
     qkv_bias: bool = False  # on queries, keys and values; none on the output projection
     qk_norm: bool = False  # RMSNorm over each head of queries and keys, before they are rotated
+    experts: bool = False  # many SwiGLUs in the place of one, of which a router takes a few for each token
 
 
 # By model_type in config.json. `conversion.names` has the tensors' names.
@@ -24,13 +25,36 @@ FAMILIES = {
     "mistral": Family(),
     "qwen2": Family(qkv_bias=True),
     "qwen3": Family(qk_norm=True),
+    "qwen3_moe": Family(qk_norm=True, experts=True),
 }
+
+# What a config must say, where it says anything. The last two: every layer has experts.
+_REQUIRED: dict[str, Any] = {
+    "attention_bias": False,
+    "mlp_bias": False,
+    "hidden_act": "silu",
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts: each token goes to the `per_token` of them with the highest logits of a linear router.
+
+    Their outputs are weighted with the softmax over the logits of the token's experts (`normalized`), or of all.
+    """
+
+    number: int
+    per_token: int
+    normalized: bool
 
 
 @dataclass(frozen=True)
 class Architecture:
     """Sizes of a Llama-like decoder.
 
+    `ffn_hidden_size` is that of each expert where there are `experts`, which then are in every layer.
     `inverse_frequencies` are RoPE's, [head_dim / 2], rope scaling included; `attention_factor` is what yarn multiplies
     the rotated queries and the rotated keys with.
     """
@@ -49,6 +73,7 @@ class Architecture:
     sliding_window: int | None
     inverse_frequencies: tuple[float, ...]
     attention_factor: float = 1.0
+    experts: Experts | None = None
 
     @property
     def block(self) -> Family:
@@ -74,6 +99,7 @@ class Architecture:
             "K": self.num_kv_heads * self.head_dim,
             "D": self.head_dim,
             "F": self.ffn_hidden_size,
+            "E": 0 if self.experts is None else self.experts.number,
             "V": self.vocab_size,
         }
 
@@ -81,14 +107,15 @@ class Architecture:
     def num_parameters(self) -> int:
         """Parameters of the whole model, tied embeddings counted once."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
-        per_layer = self._matrix_parameters + self._vector_parameters
+        experts = 1 if self.experts is None else self.experts.number
+        per_layer = self._matrix_parameters(experts) + self._vector_parameters
         return embeddings + self.num_layers * per_layer + self.hidden_size
 
-    @property
-    def _matrix_parameters(self) -> int:
-        """Parameters of one layer's matrices."""
+    def _matrix_parameters(self, experts: int) -> int:
+        """Parameters of one layer's matrices, with so many of its experts; a dense layer counts as one expert."""
         attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
-        return attention + 3 * self.hidden_size * self.ffn_hidden_size
+        router = 0 if self.experts is None else self.hidden_size * self.experts.number
+        return attention + router + experts * 3 * self.hidden_size * self.ffn_hidden_size
 
     @property
     def _vector_parameters(self) -> int:
@@ -99,9 +126,13 @@ class Architecture:
 
     @property
     def cost_model(self) -> CostModel:
-        """Forward FLOPs by tokens, attention pairs and response tokens (the head runs on response tokens only)."""
+        """Forward FLOPs by tokens, attention pairs and response tokens (the head runs on response tokens only).
+
+        Of the experts, those count that a token goes to.
+        """
+        experts = 1 if self.experts is None else self.experts.per_token
         return CostModel(
-            per_token=2.0 * self.num_layers * self._matrix_parameters,
+            per_token=2.0 * self.num_layers * self._matrix_parameters(experts),
             per_attention_pair=4.0 * self.num_layers * self.num_heads * self.head_dim,
             per_response_token=2.0 * self.hidden_size * self.vocab_size,
         )
@@ -140,17 +171,18 @@ def architecture_of(config: Any, where: str = "config") -> Architecture:
             f"{where}: the weights are quantised (quantization_config in config.json); training starts from float32, "
             "bfloat16 or float16 weights, so dequantise them first"
         )
-    for name, wanted in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
+    for name, wanted in _REQUIRED.items():
         value = getattr(config, name, wanted)
         if value != wanted:
             raise ConfigError(f"{where}: {name}={value!r} is not supported; it must be {wanted!r}")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     inverse_frequencies, attention_factor = _rope(config, head_dim, where)
+    experts = _experts(config, where) if FAMILIES[family].experts else None
     return Architecture(
         family=family,
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
-        ffn_hidden_size=config.intermediate_size,
+        ffn_hidden_size=config.intermediate_size if experts is None else config.moe_intermediate_size,
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads or config.num_attention_heads,
         head_dim=head_dim,
@@ -161,7 +193,18 @@ def architecture_of(config: Any, where: str = "config") -> Architecture:
         sliding_window=getattr(config, "sliding_window", None),
         inverse_frequencies=inverse_frequencies,
         attention_factor=attention_factor,
+        experts=experts,
     )
+
+
+def _experts(config: Any, where: str) -> Experts:
+    experts = Experts(config.num_experts, config.num_experts_per_tok, config.norm_topk_prob)
+    if experts.per_token == 1 and experts.normalized:
+        raise ConfigError(
+            f"{where}: norm_topk_prob=True with num_experts_per_tok=1 weights every token's one expert with 1, so that "
+            "the router has no gradient; it must be False there"
+        )
+    return experts
 
 
 def _rope(config: Any, head_dim: int, where: str) -> tuple[tuple[float, ...], float]:
@@ -201,14 +244,17 @@ def check_layout(
     pp: int,
     max_length: int,
     vpp: int = 1,
+    ep: int = 1,
     first_stage: int | None = None,
     last_stage: int | None = None,
+    sequence_parallel: bool = True,
 ) -> None:
     """Check that the model can be cut as asked and is used within what it was made for.
 
     Args:
         first_stage: layers of the first pipeline stage, None: as many as the others.
         last_stage: layers of the last.
+        sequence_parallel: whether tensor-parallel ranks share the sequence outside attention and feed-forward parts.
 
     Raises:
         ConfigError: a size does not divide, or `data.max_length` is above what the model attends to.
@@ -225,6 +271,7 @@ def check_layout(
             f"model.tensor_model_parallel_size={tp} does not divide the model's feed-forward size "
             f"{architecture.ffn_hidden_size}; use a divisor of it"
         )
+    _check_experts(architecture, tp, ep, sequence_parallel)
     check_stages(architecture.num_layers, pp, vpp, first_stage, last_stage)
     for limit, name in (
         (architecture.max_positions, "max_position_embeddings"),
@@ -234,3 +281,25 @@ def check_layout(
             raise ConfigError(
                 f"model.data.max_length={max_length} is above the model's {name}={limit}; set it to {limit} or less"
             )
+
+
+def _check_experts(architecture: Architecture, tp: int, ep: int, sequence_parallel: bool) -> None:
+    experts = architecture.experts
+    if experts is None:
+        if ep > 1:
+            raise ConfigError(
+                f"model.expert_model_parallel_size={ep}: the model has no experts to share among ranks; "
+                "remove it or set it to 1"
+            )
+        return
+    if experts.number % ep:
+        fitting = [n for n in range(1, experts.number + 1) if not experts.number % n]
+        raise ConfigError(
+            f"model.expert_model_parallel_size={ep} does not divide the {experts.number} experts of a layer; "
+            f"use one of {', '.join(map(str, fitting))}"
+        )
+    if tp > 1 and not sequence_parallel:
+        raise ConfigError(
+            f"model.sequence_parallel=false: over tensor_model_parallel_size={tp} ranks Megatron trains a mixture of "
+            "experts with sequence parallelism alone; remove model.sequence_parallel or set it to true"
+        )

@@ -25,6 +25,8 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -146,6 +148,7 @@ def transformer_config(
         batch_p2p_comm=layout.vpp == 1,
         context_parallel_size=layout.cp,
         sequence_parallel=options.sequence_parallel,
+        **_expert_options(architecture, layout, options),
         use_cpu_initialization=not on_gpu,
         perform_initialization=False,  # every weight is read from the checkpoint
         bias_activation_fusion=on_gpu,
@@ -164,14 +167,45 @@ def transformer_config(
     )
 
 
+def _expert_options(
+    architecture: Architecture, layout: ParallelLayout, options: ModelOptions
+) -> dict[str, Any]:
+    """Of Megatron's configuration, what a mixture of experts needs: every token reaches all of its experts.
+
+    No auxiliary loss: it would balance the experts' load in place of the preferences' own gradient, and transformers
+    computes none either unless a config asks for `output_router_logits`.
+    """
+    experts = architecture.experts
+    if experts is None:
+        return {}
+    if not hasattr(moe_utils, "te_general_gemm"):
+        # Megatron-core 0.16 leaves the name out where Transformer Engine is absent, and its router then asks for it.
+        moe_utils.te_general_gemm = None
+    return {
+        "num_moe_experts": experts.number,
+        "moe_ffn_hidden_size": architecture.ffn_hidden_size,
+        "moe_router_topk": experts.per_token,
+        "moe_router_pre_softmax": not experts.normalized,
+        "moe_router_load_balancing_type": "none",
+        "moe_router_dtype": "fp64" if options.dtype == torch.float64 else "fp32",
+        "moe_token_dispatcher_type": "alltoall",
+        "expert_model_parallel_size": layout.ep,
+    }
+
+
 def layer_spec(architecture: Architecture, options: ModelOptions) -> ModuleSpec:
     """Megatron's layer spec with shared-prompt attention in it."""
     qk_norm = architecture.block.qk_norm
+    experts = architecture.experts.number if architecture.experts is not None else None
     if options.transformer_engine:
-        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
+        spec = get_gpt_layer_with_transformer_engine_spec(num_experts=experts, qk_layernorm=qk_norm)
     else:
-        spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=qk_norm)
+        spec = get_gpt_layer_local_spec(num_experts=experts, normalization="RMSNorm", qk_layernorm=qk_norm)
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
+        if experts is not None:
+            # Transformer Engine's spec leaves this norm its own name before experts, and Megatron's local one does not:
+            # checkpoints have one form under both.
+            spec.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
         if qk_norm:
             attention = spec.submodules.self_attention.submodules
             attention.q_layernorm = attention.k_layernorm = RMSNorm
@@ -216,6 +250,7 @@ def _build_chunk(
     GroupModel.take_over(model, architecture.vocab_size, head_chunk_size=options.head_chunk_size)
     model.rotary_pos_emb = PositionRotaryEmbedding(architecture.inverse_frequencies, layout.device)
     _mark_tensor_parallel(model)
+    _mark_experts(model)
     if layout.device.type == "cuda":
         model.cuda(layout.device)
     return Float16Module(config, model) if config.bf16 else model
@@ -240,6 +275,18 @@ def _mark_tensor_parallel(model: torch.nn.Module) -> None:
                 and not hasattr(weight, "tensor_model_parallel")
             ):
                 tensor_parallel.set_tensor_model_parallel_attributes(weight, True, dim, 1)
+
+
+def _mark_experts(model: torch.nn.Module) -> None:
+    """Mark the experts' weights as such also where no other rank shares the experts, as Megatron does where one does.
+
+    Their gradients and optimizer state then have groups and buffers of their own at every layout, and with them
+    checkpoints one form.
+    """
+    for module in model.modules():
+        if isinstance(module, MoELayer):
+            for parameter in module.experts.parameters():
+                parameter.allreduce = False
 
 
 def unwrap(module: Any) -> GroupModel:

@@ -3,16 +3,20 @@
 Megatron-core asks for CUDA by name in places where any device would do: `torch.cuda.current_device()`,
 `device="cuda"`, `tensor.cuda()`, streams, the CUDA generator's state, and a check of `tensor.type()`.
 `install()` sends each of these to the CPU for this process. Nothing of Megatron's parallelism is replaced:
-the collectives, schedules and optimizers that run are its own.
+the collectives, schedules and optimizers that run are its own. What its experts ask of two collectives, and NCCL does
+but Gloo does not, is done with what Gloo has.
 
 Rules: `install()` is final for the process and refuses a process that has started CUDA. A GPU run never calls it.
 Megatron-core looks all of these up when it calls them, so it may have been imported before.
 """
 
 import contextlib
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
@@ -28,9 +32,11 @@ class _NullStream:
 
     def wait_event(self, event: Any) -> None: ...
 
-    def record_event(self, event: Any = None) -> None: ...
-
     def synchronize(self) -> None: ...
+
+    def record_event(self, event: Any = None) -> "_NullStream":
+        # All that is asked of an event is to synchronize.
+        return self
 
     def __enter__(self) -> "_NullStream":
         return self
@@ -52,6 +58,36 @@ class _CudaMeansCpu(TorchFunctionMode):
             # Megatron sorts gradients for their reduction by `tensor.type() == "torch.cuda.FloatTensor"`.
             return func(*args).replace("torch.", "torch.cuda.")
         return func(*args, **(kwargs or {}))
+
+
+def _all_to_all_single(
+    exchange: Callable[..., Any],
+    output: torch.Tensor,
+    input: torch.Tensor,
+    output_split_sizes: Any = None,
+    input_split_sizes: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """With sizes in tensors, too: Megatron makes numbers of them only where they come from a GPU."""
+    sizes = (output_split_sizes, input_split_sizes)
+    return exchange(output, input, *(s.tolist() if torch.is_tensor(s) else s for s in sizes), **kwargs)
+
+
+def _all_gather(
+    gather: Callable[..., Any],
+    parts: list[torch.Tensor],
+    own: torch.Tensor,
+    group: Any = None,
+    async_op: bool = False,
+) -> Any:
+    """With parts of different shapes, too, each of which its rank then sends to the others."""
+    if len({part.shape for part in parts}) == 1:
+        return gather(parts, own, group, async_op)
+    assert not async_op, "parts of different shapes are gathered one after another"
+    parts[dist.get_rank(group)].copy_(own)
+    for rank, part in enumerate(parts):
+        dist.broadcast(part, dist.get_process_group_ranks(group)[rank], group)
+    return None
 
 
 def is_installed() -> bool:
@@ -84,6 +120,10 @@ def install() -> None:
     cuda.manual_seed = cuda.manual_seed_all = torch.default_generator.manual_seed
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+
+    collectives: Any = dist
+    collectives.all_to_all_single = partial(_all_to_all_single, dist.all_to_all_single)
+    collectives.all_gather = partial(_all_gather, dist.all_gather)
 
     import megatron.core.tensor_parallel.random as megatron_random
 

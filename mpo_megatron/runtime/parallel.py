@@ -21,7 +21,7 @@ class ParallelLayout:
     """Sizes of the parallel dimensions and this rank's place in each.
 
     `tp` tensor, `pp` pipeline, `cp` context, `dp` data parallel; `vpp` is the number of model chunks a
-    pipeline rank holds.
+    pipeline rank holds. `ep` expert parallel: the experts of a layer are spread over that many of its cp * dp ranks.
     """
 
     rank: int
@@ -32,10 +32,12 @@ class ParallelLayout:
     vpp: int
     cp: int
     dp: int
+    ep: int
     tp_rank: int
     pp_rank: int
     cp_rank: int
     dp_rank: int
+    ep_rank: int
     device: torch.device
 
     @property
@@ -54,18 +56,18 @@ class ParallelLayout:
         return self.is_last_stage and self.tp_rank == 0 and self.cp_rank == 0
 
     def __str__(self) -> str:
-        named = zip(("TP", "PP", "VPP", "CP", "DP"), self.sizes, strict=True)
+        named = zip(("TP", "PP", "VPP", "CP", "DP", "EP"), self.sizes, strict=True)
         sizes = [f"{name} {size}" for name, size in named if size > 1]
         return f"{self.world_size} rank{'s' * (self.world_size > 1)} ({', '.join(sizes) or 'no parallelism'})"
 
     @property
-    def sizes(self) -> tuple[int, int, int, int, int]:
-        """(tp, pp, vpp, cp, dp)."""
-        return self.tp, self.pp, self.vpp, self.cp, self.dp
+    def sizes(self) -> tuple[int, int, int, int, int, int]:
+        """(tp, pp, vpp, cp, dp, ep)."""
+        return self.tp, self.pp, self.vpp, self.cp, self.dp, self.ep
 
 
-def check_world(world_size: int, tp: int, pp: int, cp: int) -> None:
-    """Raise ConfigError unless `tp * pp * cp` divides the number of ranks."""
+def check_world(world_size: int, tp: int, pp: int, cp: int, ep: int) -> None:
+    """Raise ConfigError unless `tp * pp * cp` divides the number of ranks, and `ep` its context times data part."""
     model = tp * pp * cp
     if world_size % model:
         raise ConfigError(
@@ -73,15 +75,30 @@ def check_world(world_size: int, tp: int, pp: int, cp: int) -> None:
             f"x context {cp} = {model} ranks; start a multiple of {model} (torchrun --nproc-per-node), "
             "or change the sizes"
         )
+    replicas = world_size // (tp * pp)
+    if replicas % ep:
+        fitting = [n for n in range(1, replicas + 1) if not replicas % n]
+        raise ConfigError(
+            f"model.expert_model_parallel_size={ep} does not divide the {replicas} rank{'s' * (replicas > 1)} of "
+            f"context x data parallelism ({world_size} / tensor {tp} / pipeline {pp}), which share a layer's experts; "
+            f"use one of {', '.join(map(str, fitting))}, or start more ranks (torchrun --nproc-per-node)"
+        )
 
 
 def initialize(
-    device: torch.device, *, tp: int = 1, pp: int = 1, vpp: int = 1, cp: int = 1, timeout_minutes: int = 30
+    device: torch.device,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    vpp: int = 1,
+    cp: int = 1,
+    ep: int = 1,
+    timeout_minutes: int = 30,
 ) -> ParallelLayout:
     """Start torch.distributed (as torchrun says, or one process alone) and Megatron's groups.
 
     Raises:
-        ConfigError: the number of ranks is not a multiple of tp * pp * cp.
+        ConfigError: the number of ranks is not a multiple of tp * pp * cp or of tp * pp * ep.
     """
     from megatron.core import parallel_state
 
@@ -94,7 +111,7 @@ def initialize(
         os.environ.setdefault(name, value)
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = "0" if os.environ["WORLD_SIZE"] == "1" else "29500"
-    check_world(int(os.environ["WORLD_SIZE"]), tp, pp, cp)
+    check_world(int(os.environ["WORLD_SIZE"]), tp, pp, cp, ep)
     if not dist.is_initialized():
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=timeout_minutes)
@@ -104,6 +121,7 @@ def initialize(
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
         context_parallel_size=cp,
+        expert_model_parallel_size=ep,
         distributed_timeout_minutes=timeout_minutes,
     )
     return current_layout(device)
@@ -122,10 +140,12 @@ def current_layout(device: torch.device) -> ParallelLayout:
         vpp=parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
         cp=parallel_state.get_context_parallel_world_size(),
         dp=parallel_state.get_data_parallel_world_size(),
+        ep=parallel_state.get_expert_model_parallel_world_size(),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         cp_rank=parallel_state.get_context_parallel_rank(),
         dp_rank=parallel_state.get_data_parallel_rank(),
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
         device=device,
     )
 

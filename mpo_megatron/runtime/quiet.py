@@ -15,8 +15,8 @@ def quiet_third_parties() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     warnings.filterwarnings("ignore")
     warnings.filterwarnings("default", module=r"mpo_megatron(\..*)?")
-    # Megatron's checkpoints; said in the name of whoever called torch, which may be this package's own wrapper.
-    warnings.filterwarnings("ignore", message="Please use DTensor instead")
+    # Calls of torch go through it, and torch's warnings about them name it.
+    warnings.filterwarnings("ignore", module=r"mpo_megatron\.runtime\.cpu")
     for name in (
         "megatron",
         "nemo_logging",

@@ -77,20 +77,22 @@ def _complete_adam_state(wrapper: Any) -> None:
         wrapper._set_main_param_and_optimizer_states = set_states_and_step
 
 
-def load_optimizer(optimizer: Any, loaded: dict[str, Any]) -> None:
+def load_optimizer(optimizer: Any, loaded: dict[Any, Any]) -> None:
     """Fill a Megatron optimizer from its loaded state, plain torch Adam's `step` included.
 
     Megatron leaves the common step out of a checkpoint where it is 0, and the distributed optimizer gives all
     parameters one and the same `step` tensor, which each of them would then count up.
     """
     adams = _around_torch_adam(optimizer)
-    inner = loaded.get("optimizer", loaded)
-    # The run's own hyper-parameters, not those that it was saved with: Megatron keeps both in the parameter groups.
     present = optimizer.param_groups[0]
-    for group in inner["param_groups"]:
-        group.update({key: present[key] for key in _HYPER_PARAMETERS if key in group and key in present})
-    if adams and "state" in inner:
-        inner["state"].setdefault("common_step", torch.tensor(0.0))
+    # Where there are experts, Megatron has two optimizers in one, theirs the second.
+    for part in loaded.values() if 0 in loaded else [loaded]:
+        inner = part.get("optimizer", part)
+        # The run's own hyper-parameters, not those that it was saved with: Megatron keeps both in the parameter groups.
+        for group in inner["param_groups"]:
+            group.update({key: present[key] for key in _HYPER_PARAMETERS if key in group and key in present})
+        if adams and "state" in inner:
+            inner["state"].setdefault("common_step", torch.tensor(0.0))
     optimizer.load_state_dict(loaded)
     for wrapper in adams:
         for state in wrapper.optimizer.state.values():

@@ -72,6 +72,8 @@ def prepare(config: Config) -> Setup:
         first_stage=model.num_layers_in_first_pipeline_stage,
         last_stage=model.num_layers_in_last_pipeline_stage,
         max_length=model.data.max_length,
+        ep=model.expert_model_parallel_size,
+        sequence_parallel=config.sequence_parallel,
     )
     check_export_path(config)
     objective = partial(
@@ -88,6 +90,7 @@ def prepare(config: Config) -> Setup:
         pp=model.pipeline_model_parallel_size,
         vpp=model.virtual_pipeline_model_parallel_size or 1,
         cp=model.context_parallel_size,
+        ep=model.expert_model_parallel_size,
     )
     _check_devices(config, layout)
     with raising_together(layout):

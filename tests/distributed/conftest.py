@@ -11,7 +11,7 @@ from tests.helpers.ranks import RankPool, RankProcesses
 def ranks() -> Iterator[Callable[[int], RankPool]]:
     """A function from a world size to that many ranks, with Megatron-core sent to the CPU."""
     processes = RankProcesses(
-        setup="mpo_megatron.runtime.cpu:install",
+        setup="tests.distributed.rank_setup:set_up",
         teardown="megatron.core.parallel_state:destroy_model_parallel",
     )
     yield lambda world_size: RankPool(world_size, processes)

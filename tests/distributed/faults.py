@@ -142,6 +142,16 @@ def _qk_norm_gradients_left_on_their_rank() -> Any:
     return _replaced(provider, "finalize_model_grads", untold)
 
 
+def _experts_gradients_summed_with_those_of_others() -> Any:
+    """Experts take part in the all-reduce of the other weights' gradients, with the rank that holds other experts."""
+
+    def unmark(model: torch.nn.Module) -> None:
+        for parameter in model.parameters():
+            parameter.allreduce = True  # type: ignore[attr-defined]
+
+    return _replaced(provider, "_mark_experts", unmark)
+
+
 # What runs each: (ranks, layout, rows of whole groups or of parts).
 FAULTS: dict[str, tuple[int, Layout, str]] = {
     "last_prompt_position_predicts_once": (1, Layout(), "whole"),

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from mpo_megatron import objectives
 from mpo_megatron.config import OptimConfig, SchedConfig
@@ -36,6 +35,7 @@ class Layout:
     pp: int = 1
     vpp: int = 1
     cp: int = 1
+    ep: int = 1
     distributed_optimizer: bool = False
     options: dict[str, Any] = field(default_factory=dict)  # of ModelOptions
     shared_prompt: bool = True
@@ -61,7 +61,9 @@ def build(folder: Path, sizes: list[int], wanted: Layout, lr: float = 1e-3, seed
     """
     from megatron.core import tensor_parallel
 
-    layout = initialize(choose_device("cpu"), tp=wanted.tp, pp=wanted.pp, vpp=wanted.vpp, cp=wanted.cp)
+    layout = initialize(
+        choose_device("cpu"), tp=wanted.tp, pp=wanted.pp, vpp=wanted.vpp, cp=wanted.cp, ep=wanted.ep
+    )
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     architecture = read_architecture(model_folder(folder))
     options = ModelOptions(
@@ -207,8 +209,9 @@ def gradient_norm(model: Model) -> float:
         counted = (
             getattr(optimizer, "get_main_grads_for_grad_norm", None) or optimizer.get_grads_for_grad_norm
         )
-        square += sum(gradient.double().square().sum() for gradient in counted())
-    dist.all_reduce(square, group=model.optimizer.get_grad_stats_parallel_group())
+        own = sum((gradient.double().square().sum() for gradient in counted()), torch.zeros_like(square))
+        dist.all_reduce(own, group=optimizer.get_grad_stats_parallel_group())
+        square += own
     norm = float(square.sqrt())
     assert abs(float(model.optimizer.get_grad_norm()) - norm) <= 1e-5 * norm
     return norm
@@ -216,10 +219,10 @@ def gradient_norm(model: Model) -> float:
 
 def _gather_gradient_shards(model: Model) -> None:
     """Put the sums that the distributed optimizer leaves on one data-parallel rank each into every rank's main_grad."""
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    size, rank = dist.get_world_size(group), dist.get_rank(group)
     for chunk in model.chunks:
-        for buffer in chunk.buffers:
+        for buffer in chunk.buffers + chunk.expert_parallel_buffers:
+            group = buffer.data_parallel_group
+            size, rank = dist.get_world_size(group), dist.get_rank(group)
             for bucket in buffer.buckets:
                 shards = bucket.grad_data.view(size, -1)
                 dist.all_gather(list(shards.unbind()), shards[rank].clone(), group=group)

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
 
 from mpo_megatron.data import TokenizedGroup
+from mpo_megatron.model.architecture import FAMILIES
 from tests.helpers.tokenizers import make_tokenizer
 
 
@@ -34,6 +36,13 @@ def make_model(
         "tie_word_embeddings": True,
         "initializer_range": 0.3,  # far from uniform predictions, so that a wrong position or mask shows
     }
+    if FAMILIES[family].experts:
+        sizes |= {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 20,
+            "norm_topk_prob": True,
+        }
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family, **{**sizes, **changes})
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -44,6 +53,14 @@ def make_model(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def saved_parameters(model: Any) -> dict[str, Tensor]:
+    """A transformers model's parameters by their names in its files, where each expert's matrices are tensors.
+
+    In memory transformers holds all experts of a layer in one. Tied weights are there once.
+    """
+    return revert_weight_conversion(model, dict(model.named_parameters()))
 
 
 def make_llama(folder: Path, **changes: Any) -> Path:
@@ -75,7 +92,9 @@ def hugging_face_logps(
     folder: Path, groups: Sequence[TokenizedGroup], dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """[R] log-probabilities of the groups' responses by transformers, one prompt and response at a time, in `dtype`."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="sdpa", experts_implementation="eager"
+    ).eval()
     if dtype == torch.float64:
         compute_in_float64(model)
     found = []
@@ -93,9 +112,9 @@ def hugging_face_logps(
 def compute_in_float64(model: torch.nn.Module) -> None:
     """Have a transformers model of float64 weights compute in float64 throughout, in place.
 
-    transformers computes two things in float32 whatever the weights are, each an error of some 1e-7 that is no part of
-    the model: RMSNorm, and the product of yarn's factor with the cosines and sines. Both are put in its dtype here. The
-    angles, and their cosines and sines, stay in float32: so they are in Megatron too.
+    transformers computes three things in float32 whatever the weights are, each an error of some 1e-7 that is no part
+    of the model: RMSNorm, the softmax of a router, and the product of yarn's factor with the cosines and sines. All are
+    put in its dtype here. The angles, and their cosines and sines, stay in float32: so they are in Megatron too.
     """
     norms = rotations = 0
     for module in model.modules():
@@ -103,6 +122,8 @@ def compute_in_float64(model: torch.nn.Module) -> None:
         if kind.endswith("RMSNorm"):
             module.forward = partial(_rms_norm, module)
             norms += 1
+        elif kind.endswith("TopKRouter"):
+            module.forward = partial(_route, module)
         elif kind.endswith("RotaryEmbedding"):
             module.forward = partial(_cosines_and_sines, module)
             rotations += 1
@@ -112,6 +133,14 @@ def compute_in_float64(model: torch.nn.Module) -> None:
 
 def _rms_norm(norm: Any, x: Tensor) -> Tensor:
     return norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+
+
+def _route(router: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    logits = x.reshape(-1, router.hidden_dim) @ router.weight.T
+    weights, experts = logits.softmax(-1).topk(router.top_k)
+    if router.norm_topk_prob:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return logits, weights, experts
 
 
 def _cosines_and_sines(rotary: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -85,6 +85,7 @@ def test_sequence_parallelism_comes_with_tensor_parallelism() -> None:
             "model.num_layers_in_last_pipeline_stage=-1 must be 1 or more",
         ),
         ("model.context_parallel_size=0", "model.context_parallel_size=0 must be 1 or more"),
+        ("model.expert_model_parallel_size=0", "model.expert_model_parallel_size=0 must be 1 or more"),
         ("model.sequence_parallel=true", "needs tensor_model_parallel_size > 1"),
         ("model.data.max_length=100", "leaves no room for a response"),
         ("model.data.train=???", "model.data.train has no value"),

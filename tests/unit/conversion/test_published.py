@@ -23,6 +23,7 @@ from mpo_megatron.conversion.transforms import COLUMNS, REPLICATED, Cut, Kind
 from mpo_megatron.model.architecture import Architecture, architecture_of, check_layout
 from mpo_megatron.model.provider import ModelOptions, build_model, unwrap
 from mpo_megatron.runtime.parallel import ParallelLayout, current_layout
+from tests.helpers.models import saved_parameters
 
 pytestmark = pytest.mark.filterwarnings("ignore:full scope is deprecated")
 
@@ -37,6 +38,7 @@ PARAMETERS = {
     "Qwen3-8B": 8_190_735_360,
     "Qwen3-14B": 14_768_307_200,
     "Qwen3-32B": 32_762_123_264,
+    "Qwen3-30B-A3B": 30_532_122_624,
 }
 # Tensor parallel, pipeline stages, chunks of each stage.
 LAYOUTS = {
@@ -57,8 +59,8 @@ def published(name: str, tied: bool = False) -> tuple[Architecture, dict[str, to
     """The architecture, and the shapes that transformers gives the model's tensors."""
     config = AutoConfig.from_pretrained(CONFIGS / f"{name}.json", tie_word_embeddings=tied)
     with torch.device("meta"):
-        theirs = AutoModelForCausalLM.from_config(config).named_parameters()
-    return architecture_of(config, name), {key: parameter.shape for key, parameter in theirs}
+        theirs = saved_parameters(AutoModelForCausalLM.from_config(config))
+    return architecture_of(config, name), {key: parameter.shape for key, parameter in theirs.items()}
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

@@ -8,6 +8,7 @@ from mpo_megatron.conversion import transforms
 from mpo_megatron.conversion.names import by_megatron_name, entries
 from mpo_megatron.conversion.transforms import Cut
 from mpo_megatron.model.architecture import FAMILIES, architecture_of
+from tests.helpers.models import saved_parameters
 
 ARCHITECTURE = architecture_of(
     LlamaConfig(
@@ -66,10 +67,10 @@ def test_every_hugging_face_tensor_is_named_once_with_its_shape(family: str) -> 
     for tied in (True, False):
         config = AutoConfig.for_model(
             family, vocab_size=37, hidden_size=48, intermediate_size=36, num_hidden_layers=2, num_attention_heads=12,
-            num_key_value_heads=6, head_dim=4, tie_word_embeddings=tied,
+            num_key_value_heads=6, head_dim=4, tie_word_embeddings=tied, num_experts=3, moe_intermediate_size=12,
         )  # fmt: skip
         model = AutoModelForCausalLM.from_config(config)
-        theirs = {name: parameter.shape for name, parameter in model.named_parameters()}  # tied weights once
+        theirs = {name: parameter.shape for name, parameter in saved_parameters(model).items()}
         architecture = architecture_of(config)
         ours = [item for entry in entries(architecture) for item in entry.shapes(architecture).items()]
         assert sorted(ours) == sorted(theirs.items())

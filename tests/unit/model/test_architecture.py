@@ -2,6 +2,8 @@
 
 import math
 import re
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +14,11 @@ from transformers import (
     MistralConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from mpo_megatron.errors import ConfigError
-from mpo_megatron.model.architecture import architecture_of, check_layout, read_architecture
+from mpo_megatron.model.architecture import Experts, architecture_of, check_layout, read_architecture
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -35,6 +38,14 @@ SMALL = {
     "num_key_value_heads": 3,
     "head_dim": 16,
 }
+MOE = partial(
+    Qwen3MoeConfig,
+    **SMALL,
+    num_experts=5,
+    num_experts_per_tok=2,
+    moe_intermediate_size=24,
+    norm_topk_prob=True,
+)
 
 
 @pytest.mark.parametrize(
@@ -65,8 +76,8 @@ def test_yarn_scales_scores_by_the_square_of_its_factor() -> None:
     assert architecture_of(LlamaConfig(**SMALL)).softmax_scale == 1 / 4
 
 
-@pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config])
-def test_sizes_and_parameter_count(kind: type) -> None:
+@pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, MOE])
+def test_sizes_and_parameter_count(kind: Any) -> None:
     for tied in (True, False):
         config = kind(**SMALL, tie_word_embeddings=tied)
         architecture = architecture_of(config)
@@ -91,6 +102,15 @@ def test_cost_counts_the_floating_point_operations_of_the_matrix_products() -> N
     assert a.cost_model.per_response_token == 2 * 144 * 99
 
 
+def test_cost_counts_the_experts_that_a_token_goes_to() -> None:
+    dense = architecture_of(LlamaConfig(**SMALL))
+    a = architecture_of(MOE())
+    matrices = 2 * 3 * 144 * 24 + 5 * 144 - 3 * 144 * 96  # two experts and the router, not the dense layer's
+    assert a.cost_model.per_token - dense.cost_model.per_token == 2 * 6 * matrices
+    assert a.cost_model.per_attention_pair == dense.cost_model.per_attention_pair
+    assert a.experts == Experts(number=5, per_token=2, normalized=True)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -103,6 +123,9 @@ def test_cost_counts_the_floating_point_operations_of_the_matrix_products() -> N
             LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
             "rope_type 'dynamic' is not supported",
         ),
+        (MOE(decoder_sparse_step=2), "decoder_sparse_step=2 is not supported; it must be 1"),
+        (MOE(mlp_only_layers=[0]), "mlp_only_layers=[0] is not supported; it must be []"),
+        (MOE(num_experts_per_tok=1), "so that the router has no gradient; it must be False there"),
     ],
 )
 def test_what_cannot_be_represented_is_refused(config: LlamaConfig, message: str) -> None:
@@ -131,6 +154,28 @@ def test_layout_rules_name_the_fix() -> None:
     check_layout(a, tp=1, pp=2, vpp=2, max_length=512, first_stage=4)
     with pytest.raises(ConfigError, match=r"max_length=513 is above the model's max_position_embeddings=512"):
         check_layout(a, tp=1, pp=1, max_length=513)
+
+
+def test_expert_parallelism_divides_the_experts() -> None:
+    dense, moe = architecture_of(LlamaConfig(**SMALL)), architecture_of(MOE())
+    check_layout(moe, tp=1, pp=1, ep=5, max_length=512)
+    with pytest.raises(
+        ConfigError, match=r"size=2 does not divide the 5 experts of a layer; use one of 1, 5$"
+    ):
+        check_layout(moe, tp=1, pp=1, ep=2, max_length=512)
+    with pytest.raises(ConfigError, match=r"size=2: the model has no experts .*; remove it or set it to 1$"):
+        check_layout(dense, tp=1, pp=1, ep=2, max_length=512)
+
+
+def test_experts_over_tensor_parallel_ranks_need_sequence_parallelism() -> None:
+    dense, moe = architecture_of(LlamaConfig(**SMALL)), architecture_of(MOE())
+    for a, tp in ((dense, 3), (moe, 1)):
+        check_layout(a, tp=tp, pp=1, max_length=512, sequence_parallel=False)
+    check_layout(moe, tp=3, pp=1, max_length=512)
+    with pytest.raises(
+        ConfigError, match=r"sequence_parallel=false: over tensor_model_parallel_size=3 ranks"
+    ):
+        check_layout(moe, tp=3, pp=1, max_length=512, sequence_parallel=False)
 
 
 @pytest.mark.parametrize(

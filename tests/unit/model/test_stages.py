@@ -34,7 +34,7 @@ def megatron_chunks(
     architecture = architecture_of(
         LlamaConfig(hidden_size=8, num_attention_heads=1, num_hidden_layers=num_layers)
     )
-    layout = ParallelLayout(0, pp, 0, 1, pp, vpp, 1, 1, 0, 0, 0, 0, torch.device("cpu"))
+    layout = ParallelLayout(0, pp, 0, 1, pp, vpp, 1, 1, 1, 0, 0, 0, 0, 0, torch.device("cpu"))
     options = ModelOptions(num_layers_in_first_pipeline_stage=first, num_layers_in_last_pipeline_stage=last)
     config = transformer_config(architecture, layout, options)
     stages = []
