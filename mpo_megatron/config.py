@@ -93,6 +93,11 @@ class DataConfig:
     truncation: str = "error"  # a prompt above max_prompt_length: error | skip | left (keep its end)
     apply_chat_template: bool | None = None  # None: if the tokenizer has a template
     system_prompt: str | None = None
+    # Train on so many of each group's best and of its worst responses; None: on all. See data.selection.
+    keep_best: int | None = None
+    keep_worst: int | None = None
+    score_noise: float = 0.0  # standard deviation of Gaussian noise on the scores, in units of score
+    score_noise_seed: int = 0
     cache_dir: str = "~/.cache/mpo_megatron"  # tokenised data and reference log-probs
 
 

@@ -16,7 +16,6 @@ from datasets import Features, Sequence, Value
 from datasets.arrow_writer import ArrowWriter
 from tqdm import tqdm
 
-from mpo_megatron.data.partition import preferred_mask
 from mpo_megatron.data.readers import content_digest
 from mpo_megatron.data.schema import DataError, ScoredGroup
 from mpo_megatron.data.tokenize import GroupTokenizer, TokenizeOptions
@@ -24,14 +23,12 @@ from mpo_megatron.data.tokenize import GroupTokenizer, TokenizeOptions
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CACHE_VERSION = 1  # raise it when the same input gives other content
+CACHE_VERSION = 2  # raise it when the same input gives other content
 FEATURES = Features(
     {
         "id": Value("string"),
         "prompt_ids": Sequence(Value("int32")),
         "response_ids": Sequence(Sequence(Value("int32"))),
-        "scores": Sequence(Value("float64")),
-        "preferred": Sequence(Value("bool")),
     }
 )
 _BATCH_GROUPS = 512  # per call of the tokenizer, and per record batch on disk
@@ -40,7 +37,7 @@ _GROUPS_WITHOUT_PROGRESS = 2000  # so few are done before a progress bar is read
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DataReport:
-    """What became of the data. Responses, tokens and everything cut are counted over the kept groups."""
+    """What became of the data. Responses and tokens are those of the kept groups; what was cut is counted over all."""
 
     groups_read: int = 0
     groups_kept: int = 0
@@ -51,6 +48,7 @@ class DataReport:
     border_merges: int = 0
     rewritten_by_template: int = 0
     responses: int = 0
+    responses_dropped: int = 0
     prompt_tokens: int = 0
     response_tokens: int = 0
 
@@ -59,6 +57,7 @@ class DataReport:
         counts = (
             (self.skipped_no_preference, "groups skipped for lack of a preferred response"),
             (self.skipped_long_prompt, "groups skipped for too long a prompt"),
+            (self.responses_dropped, "of their responses left out by keep_best and keep_worst"),
             (self.truncated_prompts, "prompts cut on the left"),
             (self.truncated_responses, "responses cut at max_length"),
             (self.border_merges, "responses tokenised apart from their prompt"),
@@ -71,10 +70,8 @@ class DataReport:
         return "; ".join([line, *(f"{count:,} {what}" for count, what in counts if count)])
 
 
-def write_cache(
-    groups: Iterable[ScoredGroup], tokenizer: GroupTokenizer, partition: str, folder: Path, shown: str
-) -> None:
-    """Partitions, tokenises and writes all groups, and what describes them, to `folder`.
+def write_cache(groups: Iterable[ScoredGroup], tokenizer: GroupTokenizer, folder: Path, shown: str) -> None:
+    """Tokenises and writes all groups, and what describes them, to `folder`.
 
     Raises:
         DataError: bad data, or no group of `shown` (the data source, for the message) is kept.
@@ -83,16 +80,18 @@ def write_cache(
     prompt_lengths: list[int] = []
     response_lengths: list[int] = []
     response_offsets = [0]
+    scores: list[float] = []
     digest = hashlib.sha256()
     groups = iter(groups)
     with ArrowWriter(path=str(folder / "groups.arrow"), features=FEATURES) as writer:
         while batch := list(islice(groups, _BATCH_GROUPS)):
-            rows = list(_rows(batch, tokenizer, partition, counts))
+            rows = list(_rows(batch, tokenizer, counts))
             for row in rows:
                 lengths = [len(ids) for ids in row["response_ids"]]
                 prompt_lengths.append(len(row["prompt_ids"]))
                 response_lengths.extend(lengths)
                 response_offsets.append(len(response_lengths))
+                scores.extend(row["scores"])
                 _add_to_digest(digest, row, lengths)
             if rows:
                 writer.write_batch({name: [row[name] for row in rows] for name in FEATURES})
@@ -100,8 +99,7 @@ def write_cache(
             raise DataError(f"{shown} holds no groups; write at least one, or correct the path")
         if not prompt_lengths:
             raise DataError(
-                f"{shown}: nothing is left to train on: {DataReport(**counts)}; give responses that differ "
-                "in score, and prompts within max_prompt_length"
+                f"{shown}: nothing is left to train on: {DataReport(**counts)}; give prompts within max_prompt_length"
             )
         writer.finalize()
     counts["responses"] = len(response_lengths)
@@ -112,20 +110,17 @@ def write_cache(
         ("response_offsets", response_offsets),
     ):
         np.save(folder / f"{name}.npy", np.array(values, dtype=np.int64))
+    np.save(folder / "scores.npy", np.array(scores, dtype=np.float64))
     meta = {"fingerprint": digest.hexdigest(), "report": counts}
     (folder / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
 
 
 def _rows(
-    batch: list[ScoredGroup], tokenizer: GroupTokenizer, partition: str, counts: dict[str, int]
+    batch: list[ScoredGroup], tokenizer: GroupTokenizer, counts: dict[str, int]
 ) -> Iterator[dict[str, Any]]:
-    """The kept groups of a batch as rows of `FEATURES`; adds to `counts`, named as in DataReport."""
-    masks = [preferred_mask([response.score for response in group.responses], partition) for group in batch]
-    candidates = [(group, mask) for group, mask in zip(batch, masks, strict=True) if mask.any()]
+    """The groups of a batch as rows of `FEATURES`, with their scores; adds to `counts`, named as in DataReport."""
     counts["groups_read"] += len(batch)
-    counts["skipped_no_preference"] += len(batch) - len(candidates)
-    tokens = tokenizer([group for group, _ in candidates])
-    for (group, mask), group_tokens in zip(candidates, tokens, strict=True):
+    for group, group_tokens in zip(batch, tokenizer(batch), strict=True):
         if group_tokens is None:
             counts["skipped_long_prompt"] += 1
             continue
@@ -139,7 +134,6 @@ def _rows(
             "prompt_ids": np.array(group_tokens.prompt_ids, dtype=np.int32),
             "response_ids": [np.array(ids, dtype=np.int32) for ids in group_tokens.response_ids],
             "scores": np.array([response.score for response in group.responses], dtype=np.float64),
-            "preferred": mask,
         }
 
 
@@ -150,7 +144,7 @@ def _add_to_digest(digest: "hashlib._Hash", row: dict[str, Any], response_length
     digest.update(np.array(lengths, dtype="<i8").tobytes() + name)
     for ids in (row["prompt_ids"], *row["response_ids"]):
         digest.update(ids.astype("<i4").tobytes())
-    digest.update(row["scores"].astype("<f8").tobytes() + row["preferred"].tobytes())
+    digest.update(row["scores"].astype("<f8").tobytes())
 
 
 def with_progress(groups: Iterable[ScoredGroup], title: str) -> Iterable[ScoredGroup]:
@@ -178,7 +172,6 @@ def cache_key(
     path: str | Path,
     tokenizer: "PreTrainedTokenizerBase",
     options: TokenizeOptions,
-    partition: str,
     split: str | None,
     prompt_key: str | None,
 ) -> str:
@@ -188,7 +181,6 @@ def cache_key(
         "data": content_digest(path),
         "split": split,
         "prompt_key": prompt_key,
-        "partition": partition,
         "options": dataclasses.asdict(options),
         "tokenizer": _tokenizer_state(tokenizer),
     }

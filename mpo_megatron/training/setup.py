@@ -15,7 +15,7 @@ from mpo_megatron import objectives
 from mpo_megatron.config import Config, DataConfig
 from mpo_megatron.conversion.hf_folder import WeightReader, is_checkpoint, load_tokenizer, model_folder
 from mpo_megatron.conversion.torch_dist import CheckpointReader
-from mpo_megatron.data import GroupDataset, TokenizeOptions, build_dataset
+from mpo_megatron.data import GroupDataset, Selection, TokenizeOptions, build_dataset
 from mpo_megatron.errors import ConfigError
 from mpo_megatron.model.architecture import Architecture, check_layout, read_architecture
 from mpo_megatron.model.attention import choose_backend
@@ -76,6 +76,7 @@ def prepare(config: Config) -> Setup:
         sequence_parallel=config.sequence_parallel,
     )
     check_export_path(config)
+    selection = _selection(config)
     objective = partial(
         objectives.get(model.mpo.objective),
         beta=model.mpo.beta,
@@ -98,7 +99,7 @@ def prepare(config: Config) -> Setup:
             path = model.restore_from_path
             CheckpointReader(path) if is_checkpoint(path) else WeightReader(path)
 
-    train_data = _on_one_rank_per_node(lambda: _open(config, model.data.train), layout)
+    train_data = _on_one_rank_per_node(lambda: _open(config, model.data.train, selection), layout)
     per_epoch = steps_per_epoch(len(train_data), model.global_batch_size)
     total = (
         config.trainer.max_steps if config.trainer.max_steps != -1 else per_epoch * config.trainer.max_epochs
@@ -108,7 +109,7 @@ def prepare(config: Config) -> Setup:
     validation = None
     if model.data.validation:
         path = model.data.validation
-        data = _on_one_rank_per_node(lambda: _open(config, path), layout)
+        data = _on_one_rank_per_node(lambda: _open(config, path, selection), layout)
         steps = list(in_order(len(data), batch))[: config.trainer.limit_val_batches]
         validation = Split("validation", data, _rows(data, config, architecture, layout), steps)
     return Setup(
@@ -177,6 +178,18 @@ def check_export_path(config: Config) -> None:
         )
 
 
+def _selection(config: Config) -> Selection:
+    """Which responses are trained on, and which are preferred."""
+    data = config.model.data
+    return Selection(
+        partition=config.model.mpo.partition,
+        keep_best=data.keep_best,
+        keep_worst=data.keep_worst,
+        score_noise=data.score_noise,
+        score_noise_seed=data.score_noise_seed,
+    )
+
+
 def _check_devices(config: Config, layout: ParallelLayout) -> None:
     """`trainer.devices`, where given, is a check: torchrun decides how many ranks there are."""
     trainer = config.trainer
@@ -188,7 +201,7 @@ def _check_devices(config: Config, layout: ParallelLayout) -> None:
         )
 
 
-def _open(config: Config, path: str) -> GroupDataset:
+def _open(config: Config, path: str, selection: Selection) -> GroupDataset:
     """The tokenised groups of a data source, made or opened."""
     data: DataConfig = config.model.data
     options = TokenizeOptions(
@@ -200,7 +213,7 @@ def _open(config: Config, path: str) -> GroupDataset:
     )
     tokenizer = load_tokenizer(model_folder(config.model.restore_from_path))
     cache = Path(data.cache_dir).expanduser() / "data"
-    return build_dataset(path, tokenizer, options, cache_dir=cache, partition=config.model.mpo.partition)
+    return build_dataset(path, tokenizer, options, cache_dir=cache, selection=selection)
 
 
 def _on_one_rank_per_node(build: Callable[[], GroupDataset], layout: ParallelLayout) -> GroupDataset:

@@ -13,11 +13,11 @@ import pytest
 
 from mpo_megatron.data import cache
 from mpo_megatron.data.cache import DataReport
-from mpo_megatron.data.dataset import GroupDataset, build_dataset
+from mpo_megatron.data.dataset import build_dataset
 from mpo_megatron.data.readers import read_groups
 from mpo_megatron.data.schema import DataError
+from mpo_megatron.data.selection import GroupDataset, Selection
 from mpo_megatron.data.tokenize import GroupTokenizer, TokenizeOptions
-from mpo_megatron.errors import ConfigError
 from tests.helpers.tokenizers import CHATML, LLAMA2, make_tokenizer
 
 OPTIONS = TokenizeOptions(max_prompt_length=80, max_length=160)
@@ -198,7 +198,7 @@ def test_nothing_kept(tmp_path: Path) -> None:
     message = str(caught.value)
     assert message.startswith(f"{data}: nothing is left to train on: 0 of 2 groups kept")
     assert "2 groups skipped for lack of a preferred response" in message
-    assert caches(data) == set()
+    assert len(build(data, selection=Selection(needs_preferred=False))) == 2
     with pytest.raises(DataError, match="holds no groups"):
         build(write(data, []))
 
@@ -212,13 +212,26 @@ def test_bad_data_leaves_no_cache(data: Path) -> None:
     assert len(build(data)) == 3
 
 
-def test_unknown_partition_stops_before_any_work(data: Path) -> None:
-    with pytest.raises(ConfigError, match="partition='meen' is not known"):
-        build(data, partition="meen")
-    assert not (data.parent / "cache").exists()
-
-
 # ---- the cache -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [
+        Selection(partition="median"),
+        Selection(keep_best=1, keep_worst=1),
+        Selection(score_noise=0.5),
+        Selection(needs_preferred=False),
+    ],
+)
+def test_another_selection_tokenises_nothing(
+    selection: Selection, data: Path, request: pytest.FixtureRequest
+) -> None:
+    first = build(data)
+    request.getfixturevalue("no_tokenising")
+    second = build(data, selection=selection)
+    assert second.fingerprint != first.fingerprint
+    assert build(data, selection=selection).fingerprint == second.fingerprint
 
 
 def test_second_build_tokenises_nothing(data: Path, request: pytest.FixtureRequest) -> None:
@@ -238,7 +251,7 @@ def test_cache_serves_the_same_content_elsewhere(data: Path, no_tokenising: None
     elsewhere.mkdir()
     write(elsewhere / data.name, RECORDS)
     keys = [
-        cache.cache_key(path, make_tokenizer(CHATML), OPTIONS, "mean", None, None)
+        cache.cache_key(path, make_tokenizer(CHATML), OPTIONS, None, None)
         for path in (data, elsewhere / data.name)
     ]
     assert keys[0] == keys[1]
@@ -280,10 +293,10 @@ def test_edited_data_makes_another_cache(data: Path) -> None:
 
 def test_key_ignores_how_the_tokenizer_was_used_last(data: Path) -> None:
     tokenizer = make_tokenizer(CHATML)
-    before = cache.cache_key(data, tokenizer, OPTIONS, "mean", None, None)
+    before = cache.cache_key(data, tokenizer, OPTIONS, None, None)
     tokenizer.backend_tokenizer.enable_padding(length=64)
     tokenizer.backend_tokenizer.enable_truncation(8)
-    assert cache.cache_key(data, tokenizer, OPTIONS, "mean", None, None) == before
+    assert cache.cache_key(data, tokenizer, OPTIONS, None, None) == before
 
 
 @pytest.mark.parametrize("change", ["id", "score", "text"])
@@ -297,12 +310,10 @@ def test_fingerprint_follows_the_content(data: Path, change: str) -> None:
     else:
         edited[0]["responses"][1]["text"] += "!"
     assert build(write(data, edited)).fingerprint != first.fingerprint
-    write(data, [RECORDS[0], *RECORDS[2:]])  # without the group that is skipped
-    assert build(data).fingerprint == first.fingerprint
 
 
 def test_remains_of_a_killed_process_are_replaced(data: Path) -> None:
-    key = cache.cache_key(data, make_tokenizer(CHATML), OPTIONS, "mean", None, None)
+    key = cache.cache_key(data, make_tokenizer(CHATML), OPTIONS, None, None)
     unfinished = data.parent / "cache" / f"{key}.unfinished"
     unfinished.mkdir(parents=True)
     (unfinished / "groups.arrow").write_bytes(b"half")
@@ -316,7 +327,7 @@ def test_opening_reads_no_tokens(data: Path) -> None:
     before = pa.total_allocated_bytes()
     again = build(data)
     assert pa.total_allocated_bytes() == before
-    in_memory = datasets.Dataset.from_file(again._rows.cache_files[0]["filename"], in_memory=True)
+    in_memory = datasets.Dataset.from_file(again._base._rows.cache_files[0]["filename"], in_memory=True)
     assert pa.total_allocated_bytes() > before, "reading them shows"
     assert (
         again.group(0).prompt_ids.tolist() == built.group(0).prompt_ids.tolist() == in_memory[0]["prompt_ids"]

@@ -58,7 +58,56 @@ def test_mask_splits_at_the_mean_of_random_scores() -> None:
     for _ in range(200):
         scores = rng.normal(size=rng.integers(2, 9)) * 10.0 ** rng.integers(-3, 4)
         exact_mean = math.fsum(scores) / len(scores)
-        assert partition_by_mean(scores).tolist() == [score > exact_mean for score in scores]
+        assert preferred_mask(list(scores)).tolist() == [score > exact_mean for score in scores]
+
+
+@pytest.mark.parametrize(
+    ("partition", "scores", "expected"),
+    [
+        ("median", [1.0, 2.0, 3.0, 10.0], [0, 0, 1, 1]),  # median 2.5
+        ("median", [1.0, 2.0, 3.0], [0, 0, 1]),  # a tie with the median is dispreferred
+        ("median", [5.0, 5.0, 5.0, 9.0], [0, 0, 0, 1]),
+        ("median", [1.0, 5.0, 5.0, 5.0], [0, 0, 0, 0]),  # none is above
+        # Of ten, 0 and 100 are left out: mean of the others 4.5, of all 13.6.
+        ("trimmed_mean", [0, 1, 2, 3, 4, 5, 6, 7, 8, 100], [0, 0, 0, 0, 0, 1, 1, 1, 1, 1]),
+        ("mean", [0, 1, 2, 3, 4, 5, 6, 7, 8, 100], [0, 0, 0, 0, 0, 0, 0, 0, 0, 1]),
+        ("trimmed_mean", [1.0, 2.0, 3.0, 10.0], [0, 0, 0, 1]),  # of four none is left out
+        ("best", [1.0, 7.0, 3.0], [0, 1, 0]),
+        ("best", [7.0, 1.0, 7.0], [1, 0, 0]),  # of the highest the first
+    ],
+)
+def test_other_partitions(partition: str, scores: list[float], expected: list[int]) -> None:
+    assert preferred_mask(scores, partition).tolist() == [bool(e) for e in expected]
+
+
+@pytest.mark.parametrize(
+    ("k", "scores", "expected"),
+    [
+        (2, [9.0, 1.0, 7.0, 3.0], [1, 0, 1, 0]),
+        (2, [9.0, 8.0, 7.0, 3.0], [1, 1, 0, 0]),  # the mean, 6.75, would prefer three
+        (1, [3.0, 3.0, 1.0], [1, 0, 0]),
+        (3, [2.0, 7.0], [0, 1]),
+        (2, [5.0, 5.0, 5.0, 5.0], [0, 0, 0, 0]),
+    ],
+)
+def test_the_selected_best(k: int, scores: list[float], expected: list[int]) -> None:
+    assert preferred_mask(scores, "selected", k).tolist() == [bool(e) for e in expected]
+
+
+@pytest.mark.parametrize("partition", PARTITIONS)
+@pytest.mark.parametrize("score", [0.0, 0.1, -1 / 3, 1e300])
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 11])
+def test_ties_have_no_preferred_response_under_any(partition: str, score: float, n: int) -> None:
+    assert not preferred_mask([score] * n, partition, 1).any()
+
+
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_many_groups_as_each_alone(partition: str) -> None:
+    scores = np.random.default_rng(0).normal(size=(50, 12)).round(1)
+    together = PARTITIONS[partition](scores, 3)
+    assert together.tolist() == [preferred_mask(one, partition, 3).tolist() for one in scores]
+    assert together.any(axis=1).all()
+    assert not together.all(axis=1).any()
 
 
 def test_unknown_name_lists_the_known() -> None:
