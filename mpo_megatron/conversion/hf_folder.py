@@ -146,6 +146,10 @@ class WeightReader:
         try:
             return safe_open(self.folder / file, framework="pt")
         except (SafetensorError, OSError) as error:
+            if _is_lfs_pointer(self.folder / file):
+                raise CheckpointError(
+                    f"{self.folder / file} is a Git LFS pointer, not the weights; run: git lfs pull"
+                ) from error
             raise CheckpointError(
                 f"{self.folder / file} cannot be read as safetensors ({error}); copy or download it again"
             ) from error
@@ -190,6 +194,14 @@ class WeightReader:
         """
         handles = {file: self._open(file) for file in {self._tensors[name].file for name in names}}
         return [handles[self._tensors[name].file].get_slice(name) for name in names]
+
+
+def _is_lfs_pointer(path: Path) -> bool:
+    """Whether a clone without Git LFS has left a pointer in the place of the file."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(23) == b"version https://git-lfs"
 
 
 def copy_all_but_weights(source: Path, target: Path, dtype: torch.dtype) -> None:

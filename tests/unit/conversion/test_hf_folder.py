@@ -62,6 +62,12 @@ def test_a_shard_cut_short_is_named_when_the_folder_is_opened(tmp_path, kept: st
     assert_refused(tmp_path, f"{path} cannot be read as safetensors", "copy or download it again")
 
 
+def test_a_git_lfs_pointer_is_named(tmp_path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4976698672\n"
+    (tmp_path / SINGLE).write_text(pointer)
+    assert_refused(tmp_path, f"{tmp_path / SINGLE} is a Git LFS pointer", "git lfs pull")
+
+
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": null}', '{"weight_map": {"t0": 1}}'])
 def test_a_broken_index_is_named(tmp_path, content: str) -> None:
     write_shards(tmp_path)
