@@ -1,9 +1,12 @@
 """Objectives: per-response log-probabilities and scores in, per-group losses out. No Megatron here.
 
-Importing this package registers every objective; `names()` lists them, `get(name)` returns the function.
+Importing this package registers every objective; `names()` lists them, `get(name)` returns the entry.
 """
 
-from mpo_megatron.objectives import mpo as _mpo  # noqa: F401  (registers)
-from mpo_megatron.objectives.registry import GroupBatch, ObjectiveResult, get, names, register
+from mpo_megatron.objectives import listwise as _listwise  # noqa: F401  (registers)
+from mpo_megatron.objectives import mpo as _mpo  # noqa: F401
+from mpo_megatron.objectives import pairwise as _pairwise  # noqa: F401
+from mpo_megatron.objectives import pointwise as _pointwise  # noqa: F401
+from mpo_megatron.objectives.registry import Entry, GroupBatch, ObjectiveResult, get, names, register
 
-__all__ = ["GroupBatch", "ObjectiveResult", "get", "names", "register"]
+__all__ = ["Entry", "GroupBatch", "ObjectiveResult", "get", "names", "register"]

@@ -5,28 +5,34 @@ r_i = log pi(y_i | x) - log pi_ref(y_i | x):
 
     z_i  = beta r_i                             MPO     (paper Eq. 4)
     z_i  = beta r_i + alpha dW_i                W-MPO   (Eq. 7; dW_i = |S_i - mean S| absolute, Eq. 6, or
-    signed, Eq. 14)
+                                                         S_i - mean S signed, Eq. 14)
     loss = logsumexp_i z_i - logsumexp_{i in Y+} z_i    (Eq. 5 / Eq. 8)
 
 with gradient d loss / d z_i = softmax(z)_i - softmax_{Y+}(z)_i (Lemma 6). The paper's code clamps the two
 probability sums at 1e-10, which zeroes the gradient where the loss is largest; a difference of log-sum-exps
 needs no clamp.
 
+The paper is that of Multi-Preference Optimization (Gupta et al.; its first version was called SWEPO).
+
 Shapes: R responses, G groups; `mpo_loss` takes [G, n] tensors.
 """
+
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
-from mpo_megatron.objectives.registry import (
-    GroupBatch,
-    ObjectiveResult,
-    register,
+from mpo_megatron.objectives.hyper import NotNegative, Positive
+from mpo_megatron.objectives.ragged import (
+    above_mean,
+    first_highest,
+    segment_any,
     segment_logsumexp,
     segment_mean,
 )
+from mpo_megatron.objectives.registry import GroupBatch, ObjectiveResult, register
 
-WEIGHTINGS = ("absolute", "signed", "none")
+Weighting = Literal["absolute", "signed"]
 
 
 def set_contrast(z: Tensor, preferred: Tensor, group_index: Tensor, num_groups: int) -> Tensor:
@@ -42,28 +48,80 @@ def set_contrast(z: Tensor, preferred: Tensor, group_index: Tensor, num_groups: 
     return everyone - chosen
 
 
-def score_deviation(scores: Tensor, group_index: Tensor, num_groups: int, weighting: str) -> Tensor:
-    """[R] deviation of each score from its group's mean: absolute (paper Eq. 6), signed (Eq. 14) or none (zeros)."""
-    if weighting == "none":
-        return torch.zeros_like(scores)
+def score_deviation(scores: Tensor, group_index: Tensor, num_groups: int, weighting: Weighting) -> Tensor:
+    """[R] deviation of each score from its group's mean: absolute (paper Eq. 6) or signed (Eq. 14)."""
     deviation = scores - segment_mean(scores, group_index, num_groups)[group_index]
     return deviation.abs() if weighting == "absolute" else deviation
 
 
-@register("mpo")
-def mpo(batch: GroupBatch, *, beta: float, alpha: float = 0.0, weighting: str = "none") -> ObjectiveResult:
-    """MPO (paper Eq. 5): the set contrast of beta * r. `alpha` and `weighting` belong to W-MPO and are not used."""
-    rewards = beta * (batch.policy_logps - batch.reference_logps)
+@register(
+    "mpo",
+    contrasts="the preferred set against the whole group",
+    source="MPO paper, Eq. 5",
+    settings="beta 0.01",
+)
+def mpo(batch: GroupBatch, *, beta: Positive) -> ObjectiveResult:
+    """MPO (paper Eq. 5): the set contrast of z = beta r; at n = 2 it is DPO. Its authors used beta 0.01."""
+    rewards = beta * batch.log_ratios
     losses = set_contrast(rewards, batch.preferred, batch.group_index, batch.num_groups)
     return ObjectiveResult(losses, rewards.detach())
 
 
-@register("wmpo")
-def wmpo(batch: GroupBatch, *, beta: float, alpha: float, weighting: str = "absolute") -> ObjectiveResult:
-    """W-MPO (paper Eq. 7, 8; signed: Eq. 15, 16): alpha times the score's deviation is added to each logit."""
-    rewards = beta * (batch.policy_logps - batch.reference_logps)
+@register(
+    "wmpo",
+    contrasts="as mpo, responses weighted by their score's deviation",
+    source="MPO paper, Eq. 8 (signed: Eq. 16)",
+    settings="beta 0.01 to 0.05, alpha 0.1 or 10 by the scale of the scores",
+)
+def wmpo(
+    batch: GroupBatch, *, beta: Positive, alpha: NotNegative, weighting: Weighting = "absolute"
+) -> ObjectiveResult:
+    """W-MPO (paper Eq. 7, 8; signed: Eq. 15, 16): alpha times the score's deviation is added to each logit.
+
+    alpha is in 1 / (units of score), so no value fits all data: the paper uses 0.1 (section A.6) and 10 (Appendix J) on
+    scores of different scales, with beta from 0.01 to 0.05.
+    """
+    rewards = beta * batch.log_ratios
     deviation = score_deviation(batch.scores, batch.group_index, batch.num_groups, weighting)
     losses = set_contrast(rewards + alpha * deviation, batch.preferred, batch.group_index, batch.num_groups)
+    return ObjectiveResult(losses, rewards.detach())
+
+
+@register(
+    "mpo_reference_free",
+    contrasts="the preferred set against the whole group, by log-prob per token",
+    source="MPO paper, section A.2, with the reward and margin of SimPO",
+    settings="as simpo",
+    needs_reference=False,
+)
+def mpo_reference_free(batch: GroupBatch, *, beta: Positive, gamma: NotNegative) -> ObjectiveResult:
+    """MPO on SimPO's reward (paper section A.2), which needs no reference; at n = 2 it is SimPO.
+
+    z_i = beta log pi(y_i | x) / |y_i|, less the margin gamma for the preferred; loss = set contrast of z. The paper
+    states no beta and gamma of its own; SimPO's authors used beta 2 to 10 and gamma 0.3 to 3.
+    """
+    rewards = beta * batch.mean_logps
+    z = torch.where(batch.preferred, rewards - gamma, rewards)
+    losses = set_contrast(z, batch.preferred, batch.group_index, batch.num_groups)
+    return ObjectiveResult(losses, rewards.detach())
+
+
+@register(
+    "softmax_dpo",
+    contrasts="the best response against all others",
+    source="Chen et al. 2024, arXiv 2406.09215; MPO-1vsk in the MPO paper",
+    settings="beta 1",
+)
+def softmax_dpo(batch: GroupBatch, *, beta: Positive) -> ObjectiveResult:
+    """Softmax-DPO: -log sigma(-log sum_{l != w} exp(z_l - z_w)), w the first of the best-scored, z = beta r.
+
+    That is exactly MPO with w alone preferred, which the MPO paper calls MPO-1vsk. Source: Chen et al. 2024, On Softmax
+    Direct Preference Optimization for Recommendation, with beta 1.
+    """
+    rewards = beta * batch.log_ratios
+    best = torch.zeros_like(batch.preferred)
+    best[first_highest(batch.scores, batch.group_index, batch.num_groups)] = True
+    losses = set_contrast(rewards, best, batch.group_index, batch.num_groups)
     return ObjectiveResult(losses, rewards.detach())
 
 
@@ -115,8 +173,9 @@ def mpo_loss(
         )
     if mask is not None and mask.shape != scores.shape:
         raise ValueError(f"mask {tuple(mask.shape)} must have the shape of scores {tuple(scores.shape)}")
-    if weighting not in WEIGHTINGS:
-        raise ValueError(f"weighting={weighting!r} is not one of {', '.join(WEIGHTINGS)}")
+    weightings = (*get_args(Weighting), "none")
+    if weighting not in weightings:
+        raise ValueError(f"weighting={weighting!r} is not one of {', '.join(weightings)}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction={reduction!r} is not one of mean, sum, none")
     if not beta > 0:
@@ -127,7 +186,7 @@ def mpo_loss(
     group_index = torch.arange(num_groups, device=scores.device)[:, None].expand_as(scores)[present]
     dtype = torch.promote_types(policy_logps.dtype, torch.float32)
     flat_scores = scores[present].to(dtype)
-    preferred = _above_mean(flat_scores, group_index, num_groups)
+    preferred = above_mean(flat_scores, group_index, num_groups)
     batch = GroupBatch(
         policy_logps=policy_logps[present].to(dtype),
         reference_logps=reference_logps[present].to(dtype).detach(),
@@ -135,25 +194,15 @@ def mpo_loss(
         scores=flat_scores,
         preferred=preferred,
         group_index=group_index,
+        response_ids=torch.arange(len(flat_scores), device=scores.device),
         num_groups=num_groups,
     )
-    losses = wmpo(batch, beta=beta, alpha=alpha, weighting=weighting).losses
-    counts = torch.zeros(num_groups, dtype=torch.bool, device=scores.device).index_fill(
-        0, group_index[preferred], True
-    )
+    if weighting == "none":
+        losses = mpo(batch, beta=beta).losses
+    else:
+        losses = wmpo(batch, beta=beta, alpha=alpha, weighting=cast(Weighting, weighting)).losses
+    counts = segment_any(preferred, group_index, num_groups)
     losses = torch.where(counts, losses, torch.zeros_like(losses))
     if reduction == "none":
         return losses
     return losses.sum() / counts.sum().clamp(min=1) if reduction == "mean" else losses.sum()
-
-
-def _above_mean(scores: Tensor, group_index: Tensor, num_groups: int) -> Tensor:
-    """[R] bool: score above its group's mean by more than the mean's rounding can explain.
-
-    The rule of `mpo_megatron.data.partition_by_mean`: 2n units in the last place of the group's largest magnitude, so
-    that equal scores such as 0.1, 0.1, 0.1 have no preferred one, however their mean is rounded.
-    """
-    largest = scores.new_zeros(num_groups).scatter_reduce(0, group_index, scores.abs(), "amax")
-    size = scores.new_zeros(num_groups).index_add(0, group_index, torch.ones_like(scores))
-    slack = 2 * size * torch.finfo(scores.dtype).eps * largest
-    return scores - segment_mean(scores, group_index, num_groups)[group_index] > slack[group_index]

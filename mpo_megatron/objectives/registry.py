@@ -1,12 +1,15 @@
-"""What an objective is given, what it returns, and the table of their names.
+"""What an objective is given, what it returns, and the table of all of them.
+
+An objective is a function `objective(batch, *, hyper-parameters) -> ObjectiveResult` of whole groups. Its keyword-only
+parameters are its hyper-parameters: names, types, ranges (`hyper`) and defaults stand in the signature alone.
 
 Shapes: R responses, G groups, in the row's order. All values are float32 (or float64 in tests) on one device.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from mpo_megatron.errors import ConfigError
@@ -14,15 +17,16 @@ from mpo_megatron.errors import ConfigError
 
 @dataclass(frozen=True)
 class GroupBatch:
-    """The responses of some whole groups.
+    """The responses of some whole groups; of all groups of the global step for an objective that needs them.
 
     Attributes:
         policy_logps: [R] sum of log pi(y | x) over the response's tokens; carries the gradient.
-        reference_logps: [R] the same under the reference policy.
+        reference_logps: [R] the same under the reference policy; NaN where there is none.
         lengths: [R] response tokens.
-        scores: [R] the responses' scores.
+        scores: [R] the responses' scores, of the type of the log-probs.
         preferred: [R] bool, the partition.
         group_index: [R] int64 in [0, G), non-decreasing.
+        response_ids: [R] int64, the responses' numbers in the data set.
         num_groups: G.
     """
 
@@ -32,7 +36,18 @@ class GroupBatch:
     scores: Tensor
     preferred: Tensor
     group_index: Tensor
+    response_ids: Tensor
     num_groups: int
+
+    @property
+    def log_ratios(self) -> Tensor:
+        """[R] r = log pi(y | x) - log pi_ref(y | x)."""
+        return self.policy_logps - self.reference_logps
+
+    @property
+    def mean_logps(self) -> Tensor:
+        """[R] log pi(y | x) / |y|."""
+        return self.policy_logps / self.lengths
 
 
 @dataclass(frozen=True)
@@ -48,52 +63,67 @@ class ObjectiveResult:
     rewards: Tensor
 
 
-Objective = Callable[..., ObjectiveResult]
-_OBJECTIVES: dict[str, Objective] = {}
+# An objective with its hyper-parameters bound.
+Objective = Callable[[GroupBatch], ObjectiveResult]
 
 
-def register(name: str) -> Callable[[Objective], Objective]:
-    """Enter the decorated function `objective(batch, **hyper_parameters) -> ObjectiveResult` under `name`."""
+@dataclass(frozen=True)
+class Entry:
+    """One line of the table of objectives; calling it calls the function.
 
-    def enter(objective: Objective) -> Objective:
-        assert name not in _OBJECTIVES, f"objective {name!r} is registered twice"
-        _OBJECTIVES[name] = objective
-        return objective
+    Attributes:
+        name: as in `model.mpo.objective`.
+        function: the objective.
+        contrasts: what it sets against what, in a few words.
+        source: where it was published.
+        settings: hyper-parameters that its authors used.
+        needs_reference: whether it reads `reference_logps`.
+        needs_partition: whether a group without a preferred response says nothing to it, and is skipped. Otherwise it
+            takes the scores alone, and such a group counts.
+        needs_global_batch: whether it has to see all groups of the global step at once. Its rows then run twice.
+        fixed: keyword arguments that the name stands for, such as the pairs of `dpo_all_pairs`.
+    """
+
+    name: str
+    function: Callable[..., ObjectiveResult]
+    contrasts: str
+    source: str
+    settings: str
+    needs_reference: bool = True
+    needs_partition: bool = True
+    needs_global_batch: bool = False
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self, batch: GroupBatch, /, **hyper_parameters: Any) -> ObjectiveResult:
+        return self.function(batch, **self.fixed, **hyper_parameters)
+
+
+_ENTRIES: dict[str, Entry] = {}
+Function = TypeVar("Function", bound=Callable[..., ObjectiveResult])
+
+
+def register(name: str, **description: Any) -> Callable[[Function], Function]:
+    """Enter the decorated function under `name`; `description` holds the other attributes of `Entry`."""
+
+    def enter(function: Function) -> Function:
+        assert name not in _ENTRIES, f"objective {name!r} is registered twice"
+        _ENTRIES[name] = Entry(name, function, **description)
+        return function
 
     return enter
 
 
 def names() -> list[str]:
     """The registered names, sorted."""
-    return sorted(_OBJECTIVES)
+    return sorted(_ENTRIES)
 
 
-def get(name: str) -> Objective:
+def get(name: str) -> Entry:
     """The objective of that name.
 
     Raises:
         ConfigError: there is none; the message lists those that there are.
     """
-    if name not in _OBJECTIVES:
+    if name not in _ENTRIES:
         raise ConfigError(f"model.mpo.objective={name} is not known; choose one of {', '.join(names())}")
-    return _OBJECTIVES[name]
-
-
-def segment_mean(values: Tensor, index: Tensor, num_segments: int) -> Tensor:
-    """[num_segments] mean of `values` [R] by `index` [R]; segments without members give 0."""
-    total = values.new_zeros(num_segments).index_add(0, index, values)
-    count = values.new_zeros(num_segments).index_add(0, index, torch.ones_like(values))
-    return total / count.clamp(min=1)
-
-
-def segment_logsumexp(values: Tensor, index: Tensor, num_segments: int) -> Tensor:
-    """[num_segments] log of the sum of exp(`values` [R]) by `index` [R].
-
-    The segment's maximum is subtracted first, as a constant, so that neither large values overflow nor the gradient
-    (the softmax) is touched. A segment without members, or with -inf alone, gives -inf and no gradient.
-    """
-    peak = values.detach().new_full((num_segments,), float("-inf"))
-    peak = peak.scatter_reduce(0, index, values.detach(), "amax")
-    peak = torch.where(peak.isfinite(), peak, torch.zeros_like(peak))
-    total = values.new_zeros(num_segments).index_add(0, index, torch.exp(values - peak[index]))
-    return total.log() + peak
+    return _ENTRIES[name]

@@ -1,5 +1,6 @@
 """Everything a run needs before its first step, made from the configuration in order: cheap checks first."""
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -77,12 +78,7 @@ def prepare(config: Config) -> Setup:
     )
     check_export_path(config)
     selection = _selection(config)
-    objective = partial(
-        objectives.get(model.mpo.objective),
-        beta=model.mpo.beta,
-        alpha=model.mpo.alpha,
-        weighting=model.mpo.weighting,
-    )
+    objective = _objective(config)
     device = choose_device(config.trainer.accelerator)
     options = model_options(config, device)
     layout = initialize(
@@ -130,6 +126,15 @@ def _model_folder(config: Config) -> Path:
         return model_folder(config.model.restore_from_path)
     except ConfigError as error:
         raise ConfigError(f"model.restore_from_path={config.model.restore_from_path}: {error}") from None
+
+
+def _objective(config: Config) -> Objective:
+    """The objective with those of its hyper-parameters that the configuration has."""
+    mpo = config.model.mpo
+    entry = objectives.get(mpo.objective)
+    taken = inspect.signature(entry.function).parameters.keys() - entry.fixed.keys()
+    values = {"beta": mpo.beta, "alpha": mpo.alpha, "weighting": mpo.weighting}
+    return partial(entry, **{name: value for name, value in values.items() if name in taken})
 
 
 def model_options(config: Config, device: torch.device) -> ModelOptions:

@@ -127,18 +127,24 @@ def _split_loss(
     return split_loss(logps, step.split, objective, reference_logps)
 
 
+def _group_batch(groups: PackedRow | SplitGroups, logps: Tensor, reference_logps: Tensor) -> GroupBatch:
+    """What an objective is given of whole groups, with the log-probs of their responses."""
+    return GroupBatch(
+        policy_logps=logps,
+        reference_logps=reference_logps[groups.response_ids],
+        lengths=groups.lengths,
+        scores=groups.scores.to(logps.dtype),
+        preferred=groups.preferred,
+        group_index=groups.group_index,
+        response_ids=groups.response_ids,
+        num_groups=groups.num_groups,
+    )
+
+
 def split_loss(logps: Tensor, split: SplitGroups, objective: Objective, reference_logps: Tensor) -> SplitLoss:
     """Loss weights and metrics of whole groups from the log-probs [S] of their responses, by autograd."""
     with torch.enable_grad():
-        batch = GroupBatch(
-            policy_logps=logps.detach().requires_grad_(),
-            reference_logps=reference_logps[split.response_ids],
-            lengths=split.lengths,
-            scores=split.scores,
-            preferred=split.preferred,
-            group_index=split.group_index,
-            num_groups=split.num_groups,
-        )
+        batch = _group_batch(split, logps.detach().requires_grad_(), reference_logps)
         result = objective(batch)
         (weights,) = torch.autograd.grad(result.losses.sum(), batch.policy_logps)
     return SplitLoss(weights, group_metrics(batch, result).sum(1))
@@ -161,15 +167,7 @@ def objective_loss(objective: Objective, reference_logps: Tensor, split: SplitLo
                 assert not torch.is_grad_enabled(), "training on a row of parts needs what first_pass gives"
                 return logps.sum() * 0, count, {"logps": logps}
             return (split.weights[row.split_slots] * logps).sum(), count, {}
-        batch = GroupBatch(
-            policy_logps=logps,
-            reference_logps=reference_logps[row.response_ids],
-            lengths=row.lengths,
-            scores=row.scores,
-            preferred=row.preferred,
-            group_index=row.group_index,
-            num_groups=row.num_groups,
-        )
+        batch = _group_batch(row, logps, reference_logps)
         result = objective(batch)
         return result.losses.sum(), count, {"sums": group_metrics(batch, result).sum(1)}
 

@@ -17,7 +17,7 @@ from mpo_megatron.conversion.restore import load_megatron_weights
 from mpo_megatron.data import GroupList
 from mpo_megatron.model.architecture import Architecture, read_architecture
 from mpo_megatron.model.provider import ModelOptions, build_model, unwrap
-from mpo_megatron.objectives.registry import GroupBatch, Objective, ObjectiveResult, segment_mean
+from mpo_megatron.objectives.registry import Objective
 from mpo_megatron.runtime.device import choose_device
 from mpo_megatron.runtime.parallel import ParallelLayout, initialize
 from mpo_megatron.scheduling.plan import Pipeline
@@ -105,20 +105,9 @@ def logps(model: Model) -> torch.Tensor:
     return response_logps(model.chunks, [rows], size, model.layout)
 
 
-def cross_pairs(batch: GroupBatch, beta: float, **hyper_parameters: Any) -> ObjectiveResult:
-    """A pairwise objective: DPO's loss, the mean over a group's (preferred, dispreferred) pairs."""
-    rewards = beta * (batch.policy_logps - batch.reference_logps)
-    same = batch.group_index[:, None] == batch.group_index[None]
-    better, worse = torch.where(batch.preferred[:, None] & ~batch.preferred[None] & same)
-    losses = torch.nn.functional.softplus(rewards[worse] - rewards[better])
-    return ObjectiveResult(
-        segment_mean(losses, batch.group_index[better], batch.num_groups), rewards.detach()
-    )
-
-
 def objective_named(name: str) -> Objective:
-    function = cross_pairs if name == "cross_pairs" else objectives.get(name)
-    return partial(function, beta=0.1, alpha=0.3, weighting="absolute")
+    settings = {"alpha": 0.3} if name == "wmpo" else {}
+    return partial(objectives.get(name), beta=0.1, **settings)
 
 
 def gradients(model: Model, reference: torch.Tensor, objective: str) -> dict[str, float]:

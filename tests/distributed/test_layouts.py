@@ -22,7 +22,7 @@ from tests.helpers.models import hugging_face_logps, make_groups, make_llama
 SIZES = [2, 9, 3, 5]
 # Of all groups with these sizes, such that a row may hold the longest prompt with a response, but no whole group.
 SEED = 95
-OBJECTIVES = ["mpo", "wmpo", "cross_pairs"]
+OBJECTIVES = ["mpo", "wmpo", "dpo_cross_pairs"]
 BUDGETS = {"whole": 112, "mixed": 64, "split": 40}
 REPEATED_BUDGETS = {"whole": 208, "mixed": 80, "split": 40}
 SPLIT = {"whole": 0, "mixed": 2, "split": 4}  # of the groups

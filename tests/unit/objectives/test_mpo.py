@@ -65,6 +65,33 @@ def test_gradient_is_lemma_6(responses: list[tuple[float, float]], beta: float, 
     torch.testing.assert_close(policy.grad, beta * (torch.softmax(z, 1) - q), rtol=1e-9, atol=1e-12)
 
 
+def clamped_loss(z: torch.Tensor, preferred: torch.Tensor) -> torch.Tensor:
+    """The loss as the paper's Appendix K computes it: probabilities clamped at 1e-10."""
+    p = torch.softmax(z, 1)
+    chosen = (p * preferred).sum(1).clamp(min=1e-10)
+    rejected = (p * ~preferred).sum(1).clamp(min=1e-10)
+    return -torch.log(chosen / (chosen + rejected + 2e-10))
+
+
+def test_the_papers_code_agrees_where_it_does_not_clamp() -> None:
+    policy, scores = 5 * torch.randn(200, 5, dtype=F64), torch.randn(200, 5, dtype=F64)
+    ours = mpo_loss(policy, torch.zeros_like(policy), scores, beta=0.5, alpha=0.3, reduction="none")
+    deviation = scores - scores.mean(1, keepdim=True)
+    theirs = clamped_loss(0.5 * policy + 0.3 * deviation.abs(), deviation > 0)
+    assert ours.max() > 5
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+def test_where_the_papers_code_saturates_ours_keeps_the_gradient_of_lemma_6() -> None:
+    # P(Y+) = e^-30 / (e^-30 + 2), about 5e-14.
+    ours, theirs = (rows([-30.0, 0.0, 0.0], grad=True) for _ in range(2))
+    mpo_loss(ours, rows([0.0] * 3), rows([1.0, 0.0, 0.0]), beta=1.0).backward()
+    clamped_loss(theirs, rows([1.0, 0.0, 0.0]) > 0).sum().backward()
+    assert theirs.grad is not None
+    assert theirs.grad.abs().max() < 1e-12
+    torch.testing.assert_close(ours.grad, rows([-1.0, 0.5, 0.5]), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("size", [1e4, -1e4])
 def test_extreme_rewards_keep_value_and_gradient(size: float) -> None:
     # The preferred response is far below (loss ~ |size|, full gradient) or far above (loss ~ 0, no gradient).
@@ -150,6 +177,7 @@ def flat_batch() -> GroupBatch:
         scores=torch.tensor([2.0, 1.0, 0.0, 1.0, 0.0]),
         preferred=torch.tensor([True, False, False, True, False]),
         group_index=torch.tensor([0, 0, 0, 1, 1]),
+        response_ids=torch.arange(5),
         num_groups=2,
     )
 
