@@ -1,4 +1,4 @@
-"""Train a language model with MPO or W-MPO on groups of scored responses.
+"""Train a language model with MPO, W-MPO or another objective on groups of scored responses.
 
     torchrun --nproc-per-node 2 examples/mpo_gpt.py [--config-name NAME] [key=value ...]
 

@@ -8,7 +8,7 @@ result is frozen.
 import difflib
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -50,14 +50,19 @@ class PackConfig:
 
 @dataclass(frozen=True)
 class MpoConfig:
-    """The objective. alpha is in 1 / (units of score): a preset states the score scale that it is for."""
+    """The objective, and beside these keys its hyper-parameters: `tools/objectives.py` prints both.
+
+    In a YAML and on the command line hyper-parameters stand beside the other keys (`model.mpo.beta`); null is as if
+    left out. Which of them the objective takes, their ranges and defaults are the objective's own; `objectives.settle`
+    checks them when a run starts.
+    """
 
     objective: str = "wmpo"  # a name of mpo_megatron.objectives.names()
-    beta: float = 0.1
-    alpha: float = 0.1
-    weighting: str = "absolute"  # absolute (paper Eq. 6) | signed (Eq. 14) | none
+    sft_weight: float = 0.0  # of an SFT term on the best response, per token
     partition: str = "mean"  # a name of mpo_megatron.data.partition.PARTITIONS
-    reference: str = "cached"  # log-probs of the starting weights, computed once and kept on disk
+    # cached (log-probs of the starting weights, computed once and kept on disk) | none; None: as the objective needs.
+    reference: str | None = None
+    hyper_parameters: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -167,9 +172,9 @@ def parse(raw: DictConfig) -> Config:
     """
     check_keys(OmegaConf.to_container(raw), Config, "")
     try:
-        schema = OmegaConf.structured(Config)
-        _make_writable(schema)
-        config = OmegaConf.to_object(OmegaConf.merge(schema, raw))
+        merged = OmegaConf.merge(_schema(), raw)
+        hyper_parameters = _take_hyper_parameters(merged.model.mpo)
+        config = OmegaConf.to_object(merged)
     except MissingMandatoryValue as error:
         raise ConfigError(
             f"{_key(error)} has no value; set it in the YAML or as {_key(error)}=..."
@@ -177,17 +182,47 @@ def parse(raw: DictConfig) -> Config:
     except (ConfigKeyError, ValidationError, OmegaConfBaseException) as error:
         raise ConfigError(f"{_key(error)}: {str(error).splitlines()[0]}") from error
     assert isinstance(config, Config)
+    mpo = replace(config.model.mpo, hyper_parameters=hyper_parameters)
+    config = replace(config, model=replace(config.model, mpo=mpo))
     _check_missing(config)
     _check(config)
     return config
 
 
+def as_yaml(config: Config) -> dict[str, Any]:
+    """What `parse` makes the same configuration of."""
+    found = asdict(config)
+    found["model"]["mpo"] |= found["model"]["mpo"].pop("hyper_parameters")
+    return found
+
+
 def register_schema(name: str = "schema") -> None:
     """Enter the schema in Hydra's store, so that a YAML with `defaults: [schema, _self_]` takes any known key."""
-    schema = OmegaConf.structured(Config)
+    ConfigStore.instance().store(name=name, node=_schema())
+
+
+def _schema() -> DictConfig:
+    """The classes above as OmegaConf has them, with two sections that take keys not named there: NeMo's, and the
+    objective's hyper-parameters beside the keys of `model.mpo`.
+    """
+    schema: DictConfig = OmegaConf.structured(Config)
     _make_writable(schema)
-    OmegaConf.set_struct(schema.exp_manager, False)  # NeMo's section takes keys that no YAML of ours names
-    ConfigStore.instance().store(name=name, node=schema)
+    OmegaConf.set_struct(schema.exp_manager, False)
+    OmegaConf.set_struct(schema.model.mpo, False)
+    del schema.model.mpo["hyper_parameters"]
+    return schema
+
+
+def _take_hyper_parameters(mpo: DictConfig) -> dict[str, Any]:
+    """Take what is no key of MpoConfig out of the section."""
+    own = {f.name for f in fields(MpoConfig)} - {"hyper_parameters"}
+    found = {str(key): mpo[key] for key in mpo if key not in own}
+    for key in found:
+        del mpo[key]
+    return {
+        key: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+        for key, value in found.items()
+    }
 
 
 def check_overrides(arguments: Sequence[str]) -> None:
@@ -211,7 +246,10 @@ def check_overrides(arguments: Sequence[str]) -> None:
 
 
 def check_keys(value: Any, schema: type, path: str) -> None:
-    """Raise ConfigError for the first key that the schema does not have, with the nearest one that it has."""
+    """Raise ConfigError for the first key that the schema does not have, with the nearest one that it has.
+
+    Keys of `model.mpo` may be an objective's: `objectives.settle` checks them.
+    """
     if not isinstance(value, dict):
         return
     known = {f.name: f for f in fields(schema)}
@@ -221,7 +259,7 @@ def check_keys(value: Any, schema: type, path: str) -> None:
             hint = f"did you mean {path}{near[0]}?" if near else f"known keys are {', '.join(sorted(known))}"
             raise ConfigError(f"unknown key {path}{key}; {hint}")
         section = known[key].type
-        if isinstance(section, type) and is_dataclass(section):
+        if isinstance(section, type) and is_dataclass(section) and section is not MpoConfig:
             check_keys(below, section, f"{path}{key}.")
 
 
@@ -256,8 +294,8 @@ def _check(config: Config) -> None:
     _one_of("trainer.precision", config.precision, ("bf16", "32"))
     _one_of("model.transformer_impl", model.transformer_impl, ("auto", "transformer_engine", "local"))
     _one_of("model.attention_backend", model.attention_backend, ("auto", "varlen", "te", "sdpa"))
-    _one_of("model.mpo.weighting", mpo.weighting, ("absolute", "signed", "none"))
-    _one_of("model.mpo.reference", mpo.reference, ("cached",))
+    if mpo.reference is not None:
+        _one_of("model.mpo.reference", mpo.reference, ("cached", "none"))
     _one_of("model.optim.master_weights", optim.master_weights, ("rounded", "dithered"))
     _one_of("model.optim.sched.name", optim.sched.name, ("CosineAnnealing", "Linear", "Constant"))
     _one_of("model.data.truncation", data.truncation, ("error", "skip", "left"))
@@ -320,8 +358,7 @@ def _check(config: Config) -> None:
         )
     _at_least("model.optim.weight_decay", optim.weight_decay, 0)
     _positive("model.optim.eps", optim.eps)
-    _positive("model.mpo.beta", mpo.beta)
-    _at_least("model.mpo.alpha", mpo.alpha, 0)
+    _at_least("model.mpo.sft_weight", mpo.sft_weight, 0)
     _positive("model.optim.lr", optim.lr)
     _at_least("model.optim.sched.min_lr", optim.sched.min_lr, 0)
     if optim.sched.min_lr > optim.lr:

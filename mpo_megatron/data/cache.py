@@ -42,6 +42,7 @@ class DataReport:
     groups_read: int = 0
     groups_kept: int = 0
     skipped_no_preference: int = 0
+    kept_no_preference: int = 0
     skipped_long_prompt: int = 0
     truncated_prompts: int = 0
     truncated_responses: int = 0
@@ -56,6 +57,7 @@ class DataReport:
         """One line for the log; what did not happen is left out."""
         counts = (
             (self.skipped_no_preference, "groups skipped for lack of a preferred response"),
+            (self.kept_no_preference, "groups kept without a preferred response"),
             (self.skipped_long_prompt, "groups skipped for too long a prompt"),
             (self.responses_dropped, "of their responses left out by keep_best and keep_worst"),
             (self.truncated_prompts, "prompts cut on the left"),

@@ -139,6 +139,7 @@ class GroupDataset:
             base.report,
             groups_kept=len(self),
             skipped_no_preference=len(sizes) - len(self),
+            kept_no_preference=len(self) - int(has_preferred[self._groups].sum()),
             responses=len(self.response_lengths),
             responses_dropped=int(sizes[self._groups].sum()) - len(self.response_lengths),
             prompt_tokens=int(self.prompt_lengths.sum()),

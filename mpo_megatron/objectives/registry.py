@@ -8,11 +8,13 @@ Shapes: R responses, G groups, in the row's order. All values are float32 (or fl
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar
 
 from torch import Tensor
 
 from mpo_megatron.errors import ConfigError
+from mpo_megatron.objectives.hyper import HyperParameter, hyper_parameters
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,12 @@ class Entry:
 
     def __call__(self, batch: GroupBatch, /, **hyper_parameters: Any) -> ObjectiveResult:
         return self.function(batch, **self.fixed, **hyper_parameters)
+
+    @cached_property
+    def hyper_parameters(self) -> dict[str, HyperParameter]:
+        """What the function takes beside the batch, by name; `fixed` left out."""
+        found = hyper_parameters(self.function)
+        return {name: found[name] for name in found if name not in self.fixed}
 
 
 _ENTRIES: dict[str, Entry] = {}

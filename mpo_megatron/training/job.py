@@ -110,14 +110,18 @@ def _introduce(setup: Setup, folder: Path) -> None:
     layers = "Transformer Engine" if setup.model_options.transformer_engine else "local"
     device = "CPU" if layout.device.type == "cpu" else torch.cuda.get_device_name(layout.device)
     steps, per_epoch = len(setup.train.steps), setup.steps_per_epoch
+    settings = [f"{name} {value}" for name, value in setup.hyper_parameters.items()]
+    if model.mpo.sft_weight:
+        settings.append(f"SFT on the best response by {model.mpo.sft_weight:g}")
+    if not setup.entry.needs_reference:
+        settings.append("no reference")
     lines = [
         f"mpo_megatron {mpo_megatron.__version__}, megatron-core {version('megatron-core')}, torch {torch.__version__}",
         f"model       {model.restore_from_path}: {architecture.num_parameters / 1e6:.0f}M parameters, "
         f"{architecture.num_layers} layers",
         f"runs on     {layout}, {device}, {config.precision if config.precision == 'bf16' else 'fp32'}, "
         f"{layers} layers, {setup.model_options.attention_backend} attention",
-        f"objective   {model.mpo.objective}, beta {model.mpo.beta:g}, alpha {model.mpo.alpha:g}, "
-        f"{model.mpo.weighting} weighting, learning rate {model.optim.lr:g}",
+        ", ".join([f"objective   {setup.entry.name}", *settings, f"learning rate {model.optim.lr:g}"]),
         f"training    {setup.train.dataset.report}",
     ]
     if setup.validation:
@@ -134,7 +138,10 @@ def _introduce(setup: Setup, folder: Path) -> None:
 
 
 def _reference(split: Split, chunks: list[Any], setup: Setup) -> Tensor:
-    """The split's reference log-probs over the rows of its first pass; see `reference`."""
+    """The split's reference log-probs over the rows of its first pass; see `reference`. NaN where there is none."""
+    if not setup.entry.needs_reference:
+        size = int(split.dataset.response_offsets[-1])
+        return torch.full((size,), torch.nan, device=setup.layout.device)
     steps = split.steps[: setup.steps_per_epoch] if split.name == "train" else split.steps
     path = cache_path(setup.config.model.data.cache_dir, reference_key(split, steps, setup))
     bar = progress(f"reference, {split.name}", "step", setup.layout.is_main)

@@ -1,10 +1,8 @@
 """Everything a run needs before its first step, made from the configuration in order: cheap checks first."""
 
-import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +46,9 @@ class Setup:
     config: Config
     hf_folder: Path  # of the starting model: config, tokenizer, chat template
     architecture: Architecture
-    objective: Objective
+    entry: objectives.Entry  # of the objective in the table of all
+    hyper_parameters: dict[str, Any]  # all of the objective's
+    objective: Objective  # with these bound
     layout: ParallelLayout
     model_options: ModelOptions
     train: Split
@@ -63,6 +63,7 @@ def prepare(config: Config) -> Setup:
         UserError: something must change; raised on all ranks alike.
     """
     model = config.model
+    entry, hyper_parameters = settle_objective(config)
     hf_folder = _model_folder(config)
     architecture = read_architecture(hf_folder)
     check_layout(
@@ -77,8 +78,7 @@ def prepare(config: Config) -> Setup:
         sequence_parallel=config.sequence_parallel,
     )
     check_export_path(config)
-    selection = _selection(config)
-    objective = _objective(config)
+    selection = _selection(config, entry)
     device = choose_device(config.trainer.accelerator)
     options = model_options(config, device)
     layout = initialize(
@@ -112,7 +112,9 @@ def prepare(config: Config) -> Setup:
         config=config,
         hf_folder=hf_folder,
         architecture=architecture,
-        objective=objective,
+        entry=entry,
+        hyper_parameters=hyper_parameters,
+        objective=objectives.bind(entry, hyper_parameters, model.mpo.sft_weight),
         layout=layout,
         model_options=options,
         train=Split("train", train_data, _rows(train_data, config, architecture, layout), train_steps),
@@ -128,13 +130,31 @@ def _model_folder(config: Config) -> Path:
         raise ConfigError(f"model.restore_from_path={config.model.restore_from_path}: {error}") from None
 
 
-def _objective(config: Config) -> Objective:
-    """The objective with those of its hyper-parameters that the configuration has."""
+def settle_objective(config: Config) -> tuple[objectives.Entry, dict[str, Any]]:
+    """The objective, and all of its hyper-parameters.
+
+    Raises:
+        ConfigError: keys of `model.mpo` that do not go with it.
+    """
     mpo = config.model.mpo
     entry = objectives.get(mpo.objective)
-    taken = inspect.signature(entry.function).parameters.keys() - entry.fixed.keys()
-    values = {"beta": mpo.beta, "alpha": mpo.alpha, "weighting": mpo.weighting}
-    return partial(entry, **{name: value for name, value in values.items() if name in taken})
+    values = objectives.settle(entry, mpo.hyper_parameters, [f.name for f in fields(mpo)])
+    if mpo.sft_weight and entry.name == "sft":
+        raise ConfigError(
+            f"model.mpo.sft_weight={mpo.sft_weight:g} adds SFT to another objective and model.mpo.objective=sft is "
+            "SFT already; remove it, or choose another objective"
+        )
+    if mpo.reference == "none" and entry.needs_reference:
+        free = [name for name in objectives.names() if not objectives.get(name).needs_reference]
+        raise ConfigError(
+            f"model.mpo.reference=none: the objective {entry.name} compares with a reference; remove it, or choose "
+            f"one that needs none: {', '.join(free)}"
+        )
+    if mpo.reference == "cached" and not entry.needs_reference:
+        raise ConfigError(
+            f"model.mpo.reference=cached: the objective {entry.name} reads no reference; remove it, or set none"
+        )
+    return entry, values
 
 
 def model_options(config: Config, device: torch.device) -> ModelOptions:
@@ -183,7 +203,7 @@ def check_export_path(config: Config) -> None:
         )
 
 
-def _selection(config: Config) -> Selection:
+def _selection(config: Config, entry: objectives.Entry) -> Selection:
     """Which responses are trained on, and which are preferred."""
     data = config.model.data
     return Selection(
@@ -192,6 +212,7 @@ def _selection(config: Config) -> Selection:
         keep_worst=data.keep_worst,
         score_noise=data.score_noise,
         score_noise_seed=data.score_noise_seed,
+        needs_preferred=entry.needs_partition,
     )
 
 

@@ -3,12 +3,11 @@
 import json
 import math
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import yaml
 
-from mpo_megatron.config import Config
+from mpo_megatron.config import Config, as_yaml
 from mpo_megatron.conversion.export import export_hf
 from mpo_megatron.errors import UserError
 from mpo_megatron.model.provider import unwrap
@@ -120,7 +119,7 @@ def validate(job: Job, step: int) -> None:
 def save(job: Job, step: int) -> None:
     """Write the checkpoint of `step`."""
     files = {
-        "config.yaml": yaml.safe_dump(asdict(job.setup.config), sort_keys=False),
+        "config.yaml": yaml.safe_dump(as_yaml(job.setup.config), sort_keys=False),
         IDENTITY_FILE: json.dumps(identity(job), indent=2),
     }
     folder = job.folder / CHECKPOINTS

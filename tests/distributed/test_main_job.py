@@ -156,7 +156,7 @@ def test_groups_larger_than_a_row_train_as_whole_ones(
 def test_the_first_mpo_loss_is_that_of_the_counts(
     shared: str, inputs: dict[str, Path], ranks: Any, tmp_path: Path
 ) -> None:
-    more = ["model.mpo.objective=mpo", "trainer.max_steps=1", "model.global_batch_size=40",
+    more = ["model.mpo.objective=mpo", "model.mpo.alpha=null", "trainer.max_steps=1", "model.global_batch_size=40",
             f"model.pack.shared_prompt={shared}"]  # fmt: skip
     assert ranks(2).run(job, arguments(inputs, tmp_path, *more), timeout=240) == ["", ""]
     expected = []
@@ -296,7 +296,7 @@ def test_bars_show_on_rank_0(inputs: dict[str, Path], ranks: Any, tmp_path: Path
 
 
 def test_bfloat16_and_the_other_objective_run(inputs: dict[str, Path], ranks: Any, tmp_path: Path) -> None:
-    more = ["trainer.precision=bf16", "model.mpo.objective=mpo", "trainer.max_steps=2"]
+    more = ["trainer.precision=bf16", "model.mpo.objective=mpo", "~model.mpo.alpha", "trainer.max_steps=2"]
     assert ranks(2).run(job, arguments(inputs, tmp_path, *more), timeout=240) == ["", ""]
     assert metrics(tmp_path)[0]["reward_margin"] == 0.0
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").dtype == torch.bfloat16
@@ -315,6 +315,46 @@ def test_bfloat16_and_the_other_objective_run(inputs: dict[str, Path], ranks: An
         "tokens_per_second",
     }
     assert keys <= metrics(tmp_path)[0].keys()
+
+
+def test_without_a_reference_no_pass_computes_it(inputs: dict[str, Path], ranks: Any, tmp_path: Path) -> None:
+    more = ["model.mpo.objective=simpo", "model.mpo.alpha=null", "model.mpo.beta=2", "model.mpo.gamma=0.5",
+            "model.mpo.reference=none", "model.mpo.sft_weight=0.1", "trainer.max_steps=10",
+            f"model.data.cache_dir={tmp_path / 'cache'}"]  # fmt: skip
+    first, _ = ranks(2).run(printed, arguments(inputs, tmp_path / "run", *more), timeout=240)
+    assert "simpo, beta 2.0, gamma 0.5, pairs best_worst, label_smoothing 0.0, SFT on the best" in first
+    assert "reference, train" not in first
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {"data"}
+    lines = metrics(tmp_path / "run")
+    assert all(math.isfinite(value) for value in lines[0].values() if isinstance(value, float))
+    assert lines[0]["reward_margin"] != 0.0
+    before, *_, after = metrics(tmp_path / "run", "validation")
+    assert after["loss"] < before["loss"]
+
+
+def test_groups_of_equal_scores_count_where_scores_alone_do(
+    inputs: dict[str, Path], ranks: Any, tmp_path: Path
+) -> None:
+    lines = [json.loads(line) for line in inputs["train"].read_text().splitlines()[:8]]
+    for response in lines[2]["responses"]:
+        response["score"] = 3.0
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    more = [
+        f"model.data.train={tmp_path / 'train.jsonl'}",
+        "trainer.max_steps=1",
+        "model.data.validation=null",
+    ]
+    skipped = ranks(1).run(printed, arguments(inputs, tmp_path / "wmpo", *more), timeout=240)[0]
+    assert "7 of 8 groups kept" in skipped
+    assert "1 groups skipped for lack of a preferred response" in skipped
+    more += ["model.mpo.objective=infonca", "model.mpo.alpha=1"]
+    kept = ranks(1).run(printed, arguments(inputs, tmp_path / "infonca", *more), timeout=240)[0]
+    assert "8 of 8 groups kept" in kept
+    assert "1 groups kept without a preferred response" in kept
+    # At the start the loss is the log of the group's size.
+    sizes = [len(line["responses"]) for line in lines]
+    assert metrics(tmp_path / "infonca")[0]["loss"] == pytest.approx(np.mean(np.log(sizes)), abs=1e-6)
+    assert metrics(tmp_path / "infonca")[0]["accuracy"] == 0.5
 
 
 WRONG_LINES = {
@@ -386,7 +426,9 @@ def test_every_checkpoint_is_exported_beside_the_run(
         ("model.tensor_model_parallel_size=2", "1 rank cannot be cut into models of tensor 2"),
         ("model.data.train=absent.jsonl", "absent.jsonl"),
         ("model.restore_from_path=nowhere", "nowhere is neither a Hugging Face folder (it has no config.json) nor"),
-        ("model.mpo.objective=dpoo", "model.mpo.objective=dpoo is not known; choose one of mpo, wmpo"),
+        ("model.mpo.objective=dpoo", "model.mpo.objective=dpoo is not known; choose one of dpo, dpo_all_pairs"),
+        ("model.mpo.objective=simpo", "add model.mpo.alpha=null model.mpo.gamma=... to the command"),
+        ("model.mpo.reference=none", "model.mpo.reference=none: the objective wmpo compares with a reference"),
         ("model.mpo.partition=modus", "modus"),
         ("model.max_tokens_per_micro_batch=16", "model.max_tokens_per_micro_batch=16 is less than"),
         ("trainer.devices=3", "is not the 1 ranks that torchrun started"),

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from mpo_megatron.config import Config, check_overrides, parse
+from mpo_megatron.config import Config, as_yaml, check_overrides, parse
 from mpo_megatron.errors import ConfigError
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -35,7 +35,7 @@ def test_the_main_yaml_parses_and_repeats_no_default() -> None:
 def test_the_result_is_frozen() -> None:
     config = parse(raw())
     with pytest.raises(dataclasses.FrozenInstanceError):
-        config.model.mpo.beta = 3.0  # type: ignore[misc]
+        config.model.mpo.sft_weight = 3.0  # type: ignore[misc]
 
 
 def test_sequence_parallelism_comes_with_tensor_parallelism() -> None:
@@ -49,13 +49,11 @@ def test_sequence_parallelism_comes_with_tensor_parallelism() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.mpo.bta=1", "unknown key model.mpo.bta; did you mean model.mpo.beta?"),
+        ("model.data.beta=1", "unknown key model.data.beta; known keys are"),
         ("modl.x=1", "unknown key modl; did you mean model?"),
         ("model.data.zzz=1", "unknown key model.data.zzz; known keys are"),
-        ("model.mpo.beta=0", "model.mpo.beta=0.0 must be positive"),
-        ("model.mpo.beta=.nan", "model.mpo.beta=nan must be positive"),
-        ("model.mpo.alpha=-1", "model.mpo.alpha=-1.0 must be 0 or more"),
-        ("model.mpo.weighting=square", "choose one of absolute, signed, none"),
+        ("model.mpo.reference=online", "model.mpo.reference=online is not known; choose one of cached, none"),
+        ("model.mpo.sft_weight=-1", "model.mpo.sft_weight=-1.0 must be 0 or more"),
         (
             "trainer.max_steps=soon",
             "trainer.max_steps: Value 'soon' of type 'str' could not be converted to Integer",
@@ -114,10 +112,28 @@ def test_overrides_are_checked_before_hydra_sees_them() -> None:
     check_overrides(
         ["model.mpo.beta=0.1", "exp_manager.wandb_logger_kwargs.name=x", "hydra.verbose=true", "--cfg", "job"]
     )
-    with pytest.raises(ConfigError, match=r"unknown key model\.mpo\.bta; did you mean model\.mpo\.beta\?"):
-        check_overrides(["model.mpo.bta=0.1"])
+    with pytest.raises(
+        ConfigError, match=r"unknown key model\.data\.trian; did you mean model\.data\.train\?"
+    ):
+        check_overrides(["model.data.trian=x"])
     with pytest.raises(ConfigError, match="cannot read the override"):
         check_overrides(["model.data.train=[a"])
+
+
+def test_hyper_parameters_stand_beside_the_keys_of_the_section() -> None:
+    config = parse(
+        raw("model.mpo.objective=simpo", "model.mpo.beta=2", "model.mpo.gamma=0.5", "model.mpo.alpha=null")
+    )
+    assert config.model.mpo.objective == "simpo"
+    assert config.model.mpo.hyper_parameters == {"beta": 2, "gamma": 0.5, "alpha": None}
+    written = as_yaml(config)
+    assert written["model"]["mpo"] == {
+        "objective": "simpo", "sft_weight": 0.0, "partition": "mean", "reference": None,
+        "beta": 2, "gamma": 0.5, "alpha": None,
+    }  # fmt: skip
+    again = OmegaConf.create(yaml.safe_load(yaml.safe_dump(written)))
+    assert isinstance(again, DictConfig)
+    assert parse(again) == config
 
 
 def test_every_field_of_the_schema_has_a_default_or_is_required() -> None:
