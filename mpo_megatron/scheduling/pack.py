@@ -40,8 +40,8 @@ class PackedRow:
         counted_groups: what the row adds to the number of groups of the global batch, by which the gradient is divided:
             its whole groups, and the split groups whose first response it holds; 0 on all but the first
             context-parallel rank, whose ranks hold the same row.
-        split_slots: [R] int64, for a row of parts: the responses' places among those of the step's split groups. None
-            for a row of whole groups.
+        split_slots: [R] int64, for a row that runs twice: the responses' places among those that the first pass is for
+            (`SplitGroups`). None for a row whose groups' losses are its own.
     """
 
     row_tokens: int
@@ -90,7 +90,7 @@ def pack_row(
         response_ids: for each group, its responses' numbers in the data set.
         row_tokens: T; at least what the groups take, and a multiple of twice the context-parallel size.
         shared_prompt: store each prompt once, or once for each response.
-        split_slots: for a row of parts, the place of each response among those of the step's split groups.
+        split_slots: for a row that runs twice, the place of each response among those that the first pass is for.
         counted_groups: groups that the row counts; None: all.
         context: (context-parallel size, this rank's place in it).
         device: where the tensors go.

@@ -1,6 +1,6 @@
 """From groups of a data set to this rank's rows of a step.
 
-Shapes: S responses of the step's split groups, in the order of the step, then of the group.
+Shapes: S responses of the step's groups that need a first pass, in the order of the step, then of the group.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,7 +32,9 @@ Positions = Sequence[int] | NDArray[np.int64]
 
 @dataclass(frozen=True)
 class SplitGroups:
-    """The groups of a step that lie in more than one row, whole: the same on every data-parallel rank.
+    """The groups of a step whose loss needs a first pass, whole: the same on every data-parallel rank.
+
+    They are those that lie in more than one row; for an objective of the global batch, all.
 
     Attributes:
         response_ids: [S] int64, the responses' numbers in the data set.
@@ -40,7 +42,7 @@ class SplitGroups:
         scores: [S] float32.
         preferred: [S] bool.
         group_index: [S] int64, ascending from 0.
-        num_groups: how many groups are split.
+        num_groups: how many they are.
     """
 
     response_ids: Tensor
@@ -56,10 +58,11 @@ class StepRows:
     """One data-parallel rank's rows of a step, and the size of the global step.
 
     Attributes:
-        rows: the rank's micro-batches; the first `first_pass` of them hold parts of split groups (on some rank).
+        rows: the rank's micro-batches; the first `first_pass` of them hold responses of `split` (on some rank).
         longest_row: the largest T of the step's rows; in a pipeline all have it.
-        first_pass: rows that run twice; 0 where no group is split.
-        split: the step's split groups; None where there are none.
+        first_pass: rows that run twice; 0 where no group needs it.
+        split: the groups that need a first pass; None where there are none.
+        split_groups: groups in more than one row.
         groups: groups of the global step.
         tokens: tokens of the global step, padding left out.
         padded_tokens: the same with padding.
@@ -69,6 +72,7 @@ class StepRows:
     longest_row: int
     first_pass: int
     split: SplitGroups | None
+    split_groups: int
     groups: int
     tokens: int
     padded_tokens: int
@@ -94,6 +98,7 @@ class RowSource:
         alignment: rows are padded to a multiple of it: of the tensor-parallel size under sequence parallelism, and of
             twice the context-parallel size.
         shared_prompt: store each prompt once, or once for each response.
+        global_batch: run all rows twice, so that an objective sees all groups of a step at once.
         cost: what tokens cost, for the balance between ranks.
         data_parallel: (number of data-parallel ranks, this rank's place).
         context: (number of context-parallel ranks, this rank's place).
@@ -112,6 +117,7 @@ class RowSource:
         alignment: int,
         cost: CostModel,
         shared_prompt: bool = True,
+        global_batch: bool = False,
         data_parallel: tuple[int, int] = (1, 0),
         context: tuple[int, int] = (1, 0),
         pipeline: Pipeline = NO_PIPELINE,
@@ -121,6 +127,7 @@ class RowSource:
         self.max_tokens = max_tokens
         self.alignment = alignment
         self.shared_prompt = shared_prompt
+        self.global_batch = global_batch
         self.cost = cost
         self.data_parallel = data_parallel
         self.context = context
@@ -175,8 +182,9 @@ class RowSource:
     def step(self, positions: Positions) -> StepRows:
         """This rank's rows of the step of the groups at `positions` of the data set."""
         plan = self.plan(positions)
-        split = [(group, k) for group in plan.split for k in range(self._size(int(positions[group])))]
-        slots = {response: slot for slot, response in enumerate(split)}
+        twice = range(len(positions)) if self.global_batch else plan.split
+        responses = [(group, k) for group in twice for k in range(self._size(int(positions[group])))]
+        slots = {response: slot for slot, response in enumerate(responses)}
         mine = self.data_parallel[1]
         rows = [
             self._pack(row, length, positions, plan, slots)
@@ -191,8 +199,9 @@ class RowSource:
         return StepRows(
             rows,
             plan.longest_row,
-            plan.first_pass,
-            self._split_groups(plan, positions) if plan.split else None,
+            len(rows) if self.global_batch else plan.first_pass,
+            self._split_groups(twice, positions) if twice else None,
+            len(plan.split),
             len(positions),
             tokens,
             plan.padded_tokens,
@@ -212,14 +221,14 @@ class RowSource:
             first = int(self.dataset.response_offsets[position])
             groups.append(self.dataset.group(position).select(part.responses))
             response_ids.append([first + k for k in part.responses])
-        holds_parts = bool(row) and (row[0].group, 0) in slots
+        runs_twice = bool(row) and (row[0].group, 0) in slots
         return pack_row(
             groups,
             response_ids,
             row_tokens=row_tokens,
             shared_prompt=self.shared_prompt,
             split_slots=[slots[part.group, k] for part in row for k in part.responses]
-            if holds_parts
+            if runs_twice
             else None,
             # A split group counts where its first response lies, so that it counts once.
             counted_groups=sum(0 in part.responses for part in row),
@@ -227,9 +236,9 @@ class RowSource:
             device=self.device,
         )
 
-    def _split_groups(self, plan: StepPlan, positions: Positions) -> SplitGroups:
-        groups = [self.dataset.group(int(positions[i])) for i in plan.split]
-        offsets = [int(self.dataset.response_offsets[int(positions[i])]) for i in plan.split]
+    def _split_groups(self, twice: Sequence[int], positions: Positions) -> SplitGroups:
+        groups = [self.dataset.group(int(positions[i])) for i in twice]
+        offsets = [int(self.dataset.response_offsets[int(positions[i])]) for i in twice]
         sizes = [len(group.response_ids) for group in groups]
 
         def tensor(values: Sequence[NDArray], dtype: torch.dtype) -> Tensor:

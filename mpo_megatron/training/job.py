@@ -129,7 +129,8 @@ def _introduce(setup: Setup, folder: Path) -> None:
     split = setup.train.source.count_split()
     lines += [
         f"rows        at most {model.max_tokens_per_micro_batch} tokens; "
-        + (f"{split} groups are larger and run in two passes" if split else "every group fits one"),
+        + (f"{split} groups are larger and run in two passes" if split else "every group fits one")
+        + ("; all run twice, for the whole global batch" if setup.entry.needs_global_batch else ""),
         f"steps       {steps} of {model.global_batch_size} groups ({steps / per_epoch:.2g} epochs)",
         f"results in  {folder}",
     ]

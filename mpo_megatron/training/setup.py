@@ -107,7 +107,7 @@ def prepare(config: Config) -> Setup:
         path = model.data.validation
         data = _on_one_rank_per_node(lambda: _open(config, path, selection), layout)
         steps = list(in_order(len(data), batch))[: config.trainer.limit_val_batches]
-        validation = Split("validation", data, _rows(data, config, architecture, layout), steps)
+        validation = Split("validation", data, _rows(data, config, architecture, layout, entry), steps)
     return Setup(
         config=config,
         hf_folder=hf_folder,
@@ -117,7 +117,7 @@ def prepare(config: Config) -> Setup:
         objective=objectives.bind(entry, hyper_parameters, model.mpo.sft_weight),
         layout=layout,
         model_options=options,
-        train=Split("train", train_data, _rows(train_data, config, architecture, layout), train_steps),
+        train=Split("train", train_data, _rows(train_data, config, architecture, layout, entry), train_steps),
         validation=validation,
         steps_per_epoch=per_epoch,
     )
@@ -265,13 +265,18 @@ def _row_alignment(layout: ParallelLayout) -> int:
 
 
 def _rows(
-    data: GroupDataset, config: Config, architecture: Architecture, layout: ParallelLayout
+    data: GroupDataset,
+    config: Config,
+    architecture: Architecture,
+    layout: ParallelLayout,
+    entry: objectives.Entry,
 ) -> RowSource:
     return RowSource(
         data,
         max_tokens=config.model.max_tokens_per_micro_batch,
         alignment=_row_alignment(layout),
         shared_prompt=config.model.pack.shared_prompt,
+        global_batch=entry.needs_global_batch,
         cost=architecture.cost_model,
         data_parallel=(layout.dp, layout.dp_rank),
         context=(layout.cp, layout.cp_rank),

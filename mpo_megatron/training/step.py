@@ -8,6 +8,9 @@ A group larger than a row has its responses in several rows, and its loss needs 
 passes (`first_pass`): forward only over the rows with parts, to get the log-probs of all responses of the split
 groups and w_i = d loss / d logp_i; then the ordinary pass, in which the loss of a row of parts is sum_i w_i logp_i: by
 the chain rule its gradient is the loss's own. Exact, since both passes compute the same log-probs (no dropout).
+
+An objective that needs statistics of the global batch needs all of its groups: then all rows run twice in this way
+(`RowSource(global_batch=True)`), and the objective sees one batch of all groups, the same at every layout.
 """
 
 import contextlib
@@ -34,7 +37,7 @@ RowLoss = Callable[[PackedRow, Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class SplitLoss:
-    """What the first pass finds: of the step's split groups, with S responses.
+    """What the first pass finds: of the groups that need it, with S responses.
 
     Attributes:
         weights: [S] d (sum of their losses) / d (log-prob).
@@ -90,7 +93,7 @@ def first_pass(
     reference_logps: Tensor,
     layout: ParallelLayout,
 ) -> SplitLoss | None:
-    """The loss of the step's split groups and its derivatives; None where no group is split.
+    """The loss of the step's groups that need a first pass and its derivatives; None where there are none.
 
     Every rank calls it. The parts of a group may lie on different data-parallel ranks; their log-probs are put
     together.

@@ -84,7 +84,7 @@ def train_step(job: Job, step: int) -> dict[str, float]:
         "rows": len(rows.rows) * setup.layout.dp,
         "row_tokens": rows.longest_row,
         "fill": rows.fill,
-        "split_groups": rows.split.num_groups if rows.split else 0,
+        "split_groups": rows.split_groups,
         "seconds": seconds,
     }
 

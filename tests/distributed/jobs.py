@@ -1,7 +1,6 @@
 """What the ranks run in these tests: a model at a layout, and one real training step of it. Imported by the ranks."""
 
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,11 @@ from mpo_megatron.objectives.registry import Objective
 from mpo_megatron.runtime.device import choose_device
 from mpo_megatron.runtime.parallel import ParallelLayout, initialize
 from mpo_megatron.scheduling.plan import Pipeline
-from mpo_megatron.scheduling.rows import RowSource
+from mpo_megatron.scheduling.rows import RowSource, StepRows
 from mpo_megatron.training.optimizer import build_optimizer, build_schedule, wrap_data_parallel
 from mpo_megatron.training.step import objective_pass, response_logps
 from tests.helpers.models import make_groups
+from tests.helpers.objectives import SETTINGS
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Layout:
     distributed_optimizer: bool = False
     options: dict[str, Any] = field(default_factory=dict)  # of ModelOptions
     shared_prompt: bool = True
+    global_batch: bool = True  # two passes for objectives that need it; False where one row holds the batch
     max_tokens: int = 256
     precision: torch.dtype = torch.float32
 
@@ -53,6 +54,7 @@ class Model:
     optimizer: Any
     schedule: Any
     source: RowSource
+    global_batch: bool
 
 
 def build(folder: Path, sizes: list[int], wanted: Layout, lr: float = 1e-3, seed: int = 0) -> Model:
@@ -95,7 +97,15 @@ def build(folder: Path, sizes: list[int], wanted: Layout, lr: float = 1e-3, seed
         pipeline=Pipeline(layout.pp, layout.vpp),
         device=layout.device,
     )
-    return Model(architecture, layout, chunks, optimizer, build_schedule(optimizer, optim, 10), source)
+    return Model(
+        architecture,
+        layout,
+        chunks,
+        optimizer,
+        build_schedule(optimizer, optim, 10),
+        source,
+        wanted.global_batch,
+    )
 
 
 def logps(model: Model) -> torch.Tensor:
@@ -106,13 +116,21 @@ def logps(model: Model) -> torch.Tensor:
 
 
 def objective_named(name: str) -> Objective:
-    settings = {"alpha": 0.3} if name == "wmpo" else {}
-    return partial(objectives.get(name), beta=0.1, **settings)
+    """Of the registry, with the settings of tests.helpers.objectives; with an SFT term if the name ends in "+sft"."""
+    plain = name.removesuffix("+sft")
+    return objectives.bind(objectives.get(plain), SETTINGS[plain], sft_weight=0.0 if plain == name else 0.7)
+
+
+def step_for(model: Model, objective: str) -> StepRows:
+    """The whole data as one step."""
+    entry = objectives.get(objective.removesuffix("+sft"))
+    model.source.global_batch = model.global_batch and entry.needs_global_batch
+    return model.source.step(range(len(model.source.dataset)))
 
 
 def gradients(model: Model, reference: torch.Tensor, objective: str) -> dict[str, float]:
     """Run forward and backward of the whole data as one step; gradients stay in the parameters' main_grad."""
-    rows = model.source.step(range(len(model.source.dataset)))
+    rows = step_for(model, objective)
     for chunk in model.chunks:
         chunk.zero_grad_buffer()
     model.optimizer.zero_grad()
@@ -123,7 +141,7 @@ def gradients(model: Model, reference: torch.Tensor, objective: str) -> dict[str
 
 def evaluate(model: Model, reference: torch.Tensor, objective: str) -> dict[str, float]:
     """The same forward only, as a validation does."""
-    rows = model.source.step(range(len(model.source.dataset)))
+    rows = step_for(model, objective)
     return objective_pass(
         model.chunks, rows, objective_named(objective), reference, model.layout, forward_only=True
     )
@@ -160,7 +178,8 @@ def steps_and_gradients(
     for budget, max_tokens in budgets.items():
         model.source.max_tokens = max_tokens
         before = logps(model)
-        reference = before + torch.linspace(-3, 3, len(before))
+        # The mean log-ratio is 1: KTO's reference point is above 0.
+        reference = before + torch.linspace(-4, 2, len(before))
         found["logps"][budget] = before
         found["evaluated"][budget] = evaluate(model, reference, names[0])
         found["split"][budget] = len(model.source.plan(range(len(sizes))).split)

@@ -332,6 +332,23 @@ def test_without_a_reference_no_pass_computes_it(inputs: dict[str, Path], ranks:
     assert after["loss"] < before["loss"]
 
 
+def test_kto_sees_the_whole_batch_at_every_layout(
+    inputs: dict[str, Path], ranks: Any, tmp_path: Path
+) -> None:
+    more = ["model.mpo.objective=kto", "model.mpo.alpha=null", "model.global_batch_size=8", "trainer.max_steps=5",
+            "trainer.val_check_interval=0"]  # fmt: skip
+    for world, name in ((1, "one"), (2, "two")):
+        small = ["model.max_tokens_per_micro_batch=64"] if world == 2 else []
+        overrides = arguments(inputs, tmp_path / name, *more, *small)
+        assert ranks(world).run(job, overrides, timeout=240) == [""] * world
+    for split in ("train", "validation"):
+        one, two = metrics(tmp_path / "one", split), metrics(tmp_path / "two", split)
+        assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], abs=1e-5)
+        # Untrained: 1 - sigma(0), exactly.
+        assert two[0]["loss"] == one[0]["loss"] == 0.5
+        assert abs(two[-1]["loss"] - 0.5) > 1e-3
+
+
 def test_groups_of_equal_scores_count_where_scores_alone_do(
     inputs: dict[str, Path], ranks: Any, tmp_path: Path
 ) -> None:

@@ -74,6 +74,25 @@ def test_slots_lead_from_parts_to_the_split_groups() -> None:
         assert preferred == groups[group].preferred[k]
 
 
+@pytest.mark.parametrize("max_tokens", [64, 1000])
+def test_for_the_global_batch_all_rows_run_twice(max_tokens: int) -> None:
+    of_ranks = [step for (step,) in steps(max_tokens, 2, global_batch=True)]
+    seen = []
+    for step, plain in zip(of_ranks, [step for (step,) in steps(max_tokens, 2)], strict=True):
+        assert step.first_pass == len(step.rows) == len(plain.rows)
+        assert step.split_groups == plain.split_groups
+        assert step.split is not None
+        assert step.split.num_groups == len(SIZES)
+        for row in step.rows:
+            assert (row.split_slots is None) == (row.num_responses == 0)
+            if row.split_slots is not None:
+                seen += row.split_slots.tolist()
+                assert step.split.response_ids[row.split_slots].tolist() == row.response_ids.tolist()
+    assert sorted(seen) == list(range(sum(SIZES)))
+    tokens = [len(g.prompt_ids) + sum(map(len, g.response_ids)) for g in make_groups(SIZES, 50)]
+    assert of_ranks[0].split_groups == sum(count > max_tokens for count in tokens)
+
+
 def test_the_groups_that_are_split_are_counted() -> None:
     groups = GroupList(make_groups(SIZES, 50))
     for shared_prompt in (True, False):
