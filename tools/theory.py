@@ -2,9 +2,10 @@
 
     python tools/theory.py [--output theory.png]
 
-Gradients and first updates (Lemma 6, Corollaries 2 and 3), where training ends (Lemma 10), how reliable a partition and
-a full ranking are under noise (Theorem 2 and its bounds, simulated), and how the spacing of scores shrinks as responses
-are added (Figure 10, on the example data). Prints each figure beside what the paper says, and draws the two curves.
+Gradients and first updates (Lemmas 5 and 6, Corollaries 2 and 3), where training ends (Lemma 10), how reliable a
+partition and a full ranking are under noise (Theorem 2 and its bounds, simulated), and how the spacing of scores
+shrinks as responses are added (Figure 10, on the example data). Prints each figure beside what the paper says, and
+draws the two curves.
 Exits with 1 if one is not as stated.
 """
 
@@ -26,6 +27,8 @@ from torch import Tensor
 
 from mpo_megatron.data.partition import partition_by_mean
 from mpo_megatron.errors import UserError
+from mpo_megatron.objectives import GroupBatch
+from mpo_megatron.objectives.listwise import infonca
 from mpo_megatron.objectives.mpo import set_contrast
 
 DATA = Path(__file__).parents[1] / "examples" / "data" / "train.jsonl"
@@ -80,19 +83,44 @@ def _gradient(z: Tensor, preferred: Tensor) -> Tensor:
     return z.grad
 
 
+def _infonca_gradient(z: Tensor, scores: Tensor) -> Tensor:
+    """d InfoNCA / d z of one group, by autograd; beta and alpha are 1 and the reference 0, so that z are log-probs."""
+    z = z.clone().requires_grad_()
+    batch = GroupBatch(
+        policy_logps=z,
+        reference_logps=torch.zeros_like(scores),
+        lengths=torch.ones(len(z), dtype=torch.long),
+        scores=scores,
+        preferred=scores > scores.mean(),
+        group_index=torch.zeros(len(z), dtype=torch.long),
+        response_ids=torch.arange(len(z)),
+        num_groups=1,
+    )
+    infonca(batch, beta=1.0, alpha=1.0).losses.sum().backward()
+    assert z.grad is not None
+    return z.grad
+
+
 def gradient_checks() -> list[Check]:
-    """Lemma 6 at random logits; Corollaries 2 and 3 for the first step of gradient descent from zero."""
+    """Lemmas 5 and 6 at random logits; Corollaries 2 and 3 for the first step of gradient descent from zero."""
     generator = torch.Generator().manual_seed(0)
-    largest = 0.0
+    largest = of_infonca = 0.0
     for n in RESPONSES:
-        z = torch.randn(n, dtype=torch.float64, generator=generator) * 5
+        z, scores = torch.randn(2, n, dtype=torch.float64, generator=generator) * 5
+        difference = _infonca_gradient(z, scores) - (z.softmax(0) - scores.softmax(0))
+        of_infonca = max(of_infonca, float(difference.abs().max()))
         preferred = torch.arange(n) < max(1, n // 3)
         lemma = z.softmax(0) - torch.where(preferred, z, -torch.inf).softmax(0)
         largest = max(largest, float((_gradient(z, preferred) - lemma).abs().max()))
     checks = [
         Check(
+            "Lemma 5: InfoNCA's d loss / d z = softmax(z) - softmax of the scores",
+            f"differ by {of_infonca:.1e}",
+            of_infonca < 1e-12,
+        ),
+        Check(
             "Lemma 6: d loss / d z = softmax - softmax over Y+", f"differ by {largest:.1e}", largest < 1e-12
-        )
+        ),
     ]
     # w+ and w- enter as log-weights added to the logits: W-MPO's exp(alpha dW) (appendix D.2).
     for name, above, below, more, less in (

@@ -27,6 +27,7 @@ from torch import Tensor
 from mpo_megatron.objectives.hyper import LabelSmoothing, NotNegative, Positive
 from mpo_megatron.objectives.ragged import first_highest, group_pairs, segment_any, segment_mean
 from mpo_megatron.objectives.registry import GroupBatch, ObjectiveResult, register
+from mpo_megatron.objectives.splitmix import shift_right, splitmix64
 
 Pairs = Literal["best_worst", "best_random", "all", "cross"]
 DPO = "Rafailov et al. 2023, arXiv 2305.18290"
@@ -70,16 +71,8 @@ PAIRS: dict[Pairs, Callable[[GroupBatch], tuple[Tensor, Tensor]]] = {
 
 
 def hashed(numbers: Tensor) -> Tensor:
-    """Int64 values in [0, 2^63) that look random, of int64 `numbers`: SplitMix64 (Steele, Lea and Flood 2014)."""
-
-    def shifted(bits: Tensor, places: int) -> Tensor:  # zeros come in
-        return (bits >> places) & ((1 << (64 - places)) - 1)
-
-    # Constants as the signed numbers of the same bits; products of int64 wrap around.
-    bits = (numbers + 1) * (0x9E3779B97F4A7C15 - (1 << 64))
-    bits = (bits ^ shifted(bits, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
-    bits = (bits ^ shifted(bits, 27)) * (0x94D049BB133111EB - (1 << 64))
-    return shifted(bits ^ shifted(bits, 31), 1)
+    """Int64 values in [0, 2^63) that look random, of int64 `numbers`."""
+    return shift_right(splitmix64(numbers + 1), 1)
 
 
 def mean_over_pairs(batch: GroupBatch, better: Tensor, losses: Tensor, rewards: Tensor) -> ObjectiveResult:

@@ -23,6 +23,7 @@ from mpo_megatron.conversion.names import Entry, by_megatron_name
 from mpo_megatron.conversion.transforms import COLUMNS, Cut
 from mpo_megatron.model.architecture import Architecture
 from mpo_megatron.model.provider import GroupModel
+from mpo_megatron.objectives.splitmix import shift_right, splitmix64
 from mpo_megatron.runtime.parallel import ParallelLayout
 
 _CHUNK = 2**22  # elements that are drawn at a time
@@ -54,33 +55,14 @@ def dither(weights: Tensor, uniform: Tensor) -> Tensor:
 
 
 def uniform_numbers(seed: int, name: str, places: Tensor) -> Tensor:
-    """float64 in [0, 1), a function of seed, name and place alone: the SplitMix64 generator, counted by place.
-
-    (Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014.)
+    """float64 in [0, 1), a function of seed, name and place alone.
 
     Args:
         places: int64.
     """
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     key = int.from_bytes(digest[:8], "little", signed=True)
-    return _shift(_mix(places * _signed(0x9E3779B97F4A7C15) + key), 11).double() * 2.0**-53
-
-
-def _mix(z: Tensor) -> Tensor:
-    """SplitMix64's output function on 64-bit states."""
-    z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
-    return z ^ _shift(z, 31)
-
-
-def _signed(constant: int) -> int:
-    """A 64-bit constant as the int64 of the same bits; products of int64 wrap around as those of unsigned ones do."""
-    return constant - (1 << 64)
-
-
-def _shift(z: Tensor, bits: int) -> Tensor:
-    """Right by `bits`, zeros coming in."""
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
+    return shift_right(splitmix64(places, key), 11).double() * 2.0**-53
 
 
 def _lines(entry: Entry, architecture: Architecture, cut: Cut) -> tuple[Tensor, Tensor, int]:
