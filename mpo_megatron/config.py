@@ -84,8 +84,8 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     distributed: bool = True  # share the optimizer state among the data-parallel ranks
-    # float32 masters of bf16 weights: rounded (as the bf16 weights) | dithered (within their rounding, see
-    # training.masters).
+    # Where the float32 masters of bf16 weights begin: auto (at the starting model's own values, within their rounding;
+    # see training.masters) | rounded (at the bf16 weights).
     master_weights: str = "rounded"
     sched: SchedConfig = field(default_factory=SchedConfig)
 
@@ -296,7 +296,7 @@ def _check(config: Config) -> None:
     _one_of("model.attention_backend", model.attention_backend, ("auto", "varlen", "te", "sdpa"))
     if mpo.reference is not None:
         _one_of("model.mpo.reference", mpo.reference, ("cached", "none"))
-    _one_of("model.optim.master_weights", optim.master_weights, ("rounded", "dithered"))
+    _one_of("model.optim.master_weights", optim.master_weights, ("auto", "rounded"))
     _one_of("model.optim.sched.name", optim.sched.name, ("CosineAnnealing", "Linear", "Constant"))
     _one_of("model.data.truncation", data.truncation, ("error", "skip", "left"))
     if model.activations_checkpoint_granularity is not None:
@@ -351,11 +351,6 @@ def _check(config: Config) -> None:
     ):
         if value is not None:
             _at_least(name, value, least)
-    if optim.master_weights == "dithered" and config.precision != "bf16":
-        raise ConfigError(
-            "model.optim.master_weights=dithered is for trainer.precision=bf16, where masters hold more than the "
-            "weights; remove it"
-        )
     _at_least("model.optim.weight_decay", optim.weight_decay, 0)
     _positive("model.optim.eps", optim.eps)
     _at_least("model.mpo.sft_weight", mpo.sft_weight, 0)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from torch import Tensor
 
 from mpo_megatron.conversion.check import check_weights
 from mpo_megatron.conversion.hf_folder import WeightReader
@@ -40,6 +41,7 @@ def global_parameter_names(model: GroupModel) -> dict[str, torch.nn.Parameter]:
 class _Part:
     """A parameter of this rank, where its values come from, and the ranks that hold the same values."""
 
+    name: str
     parameter: torch.nn.Parameter
     entry: Entry
     cut: Cut
@@ -49,14 +51,10 @@ class _Part:
     def is_read_here(self) -> bool:
         return dist.get_rank(self.replicas) == 0
 
-    def read(self, reader: WeightReader) -> None:
+    def read(self, reader: WeightReader, target: Tensor) -> None:
         shard = self.entry.kind.cut(reader.slices(self.entry.hugging_face), self.cut)
-        assert shard.shape == self.parameter.shape, (self.entry, shard.shape, self.parameter.shape)
-        self.parameter.data.copy_(shard)
-
-    def share(self) -> None:
-        """Hand the values on from the rank that has read them."""
-        dist.broadcast(self.parameter.data, group=self.replicas, group_src=0)
+        assert shard.shape == target.shape, (self.entry, shard.shape, target.shape)
+        target.copy_(shard)
 
 
 def load_hf_weights(
@@ -79,6 +77,37 @@ def load_hf_weights(
         CheckpointError: a file or tensor is missing, damaged, or not what config.json says; on all ranks alike, and
             before a value is read if the files' headers tell it.
     """
+    for _ in _read(models, architecture, layout, folder, lambda part: part.parameter.data, progress):
+        pass
+
+
+def hf_values(
+    models: Sequence[GroupModel], architecture: Architecture, layout: ParallelLayout, folder: str | Path
+) -> Iterator[tuple[str, torch.nn.Parameter, Tensor]]:
+    """This rank's parameters by their global names, with the folder's values in float32 in the parameter's shape.
+
+    Read as `load_hf_weights` reads; all ranks run through it to the end.
+
+    Raises:
+        CheckpointError: as `load_hf_weights`.
+    """
+
+    def empty(part: _Part) -> Tensor:
+        return torch.empty_like(part.parameter.data, dtype=torch.float32)
+
+    for part, values in _read(models, architecture, layout, folder, empty):
+        yield part.name, part.parameter, values
+
+
+def _read(
+    models: Sequence[GroupModel],
+    architecture: Architecture,
+    layout: ParallelLayout,
+    folder: str | Path,
+    target: Callable[[_Part], Tensor],
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> Iterator[tuple[_Part, Tensor]]:
+    """Each parameter of this rank with the tensor that `target` gave for it, filled."""
     parts = list(_parts(models, architecture, layout))
     read_here = [part for part in parts if part.is_read_here]
     reader: WeightReader | None = None
@@ -89,12 +118,14 @@ def load_hf_weights(
             check_weights(reader, mine, architecture, (layout.tp_rank, layout.tp))
     error: CheckpointError | None = None
     for part in progress(parts):
+        values = target(part)
         if reader is not None and part.is_read_here and error is None:
             try:
-                part.read(reader)
+                part.read(reader, values)
             except CheckpointError as caught:
                 error = caught  # raised at the end: the other ranks wait for what this one sends
-        part.share()
+        dist.broadcast(values, group=part.replicas, group_src=0)
+        yield part, values
     raise_together(error, layout)
 
 
@@ -109,4 +140,4 @@ def _parts(
         assert name in table, f"no Hugging Face name for {name}"
         cut = Cut(architecture, parameter.size(0) * layout.tp, layout.tp_rank, layout.tp)
         is_expert = not getattr(parameter, "allreduce", True)
-        yield _Part(parameter, table[name], cut, expert_replicas if is_expert else replicas)
+        yield _Part(name, parameter, table[name], cut, expert_replicas if is_expert else replicas)

@@ -21,7 +21,7 @@ from mpo_megatron.runtime.parallel import raising_together
 from mpo_megatron.training.checkpoint import latest_checkpoint, load_checkpoint
 from mpo_megatron.training.experiment import CHECKPOINTS, Experiment, start_experiment
 from mpo_megatron.training.exports import BackgroundExports
-from mpo_megatron.training.masters import dither_masters
+from mpo_megatron.training.masters import place_masters
 from mpo_megatron.training.optimizer import build_optimizer, build_schedule, wrap_data_parallel
 from mpo_megatron.training.reference import cache_path, reference_key, reference_logps
 from mpo_megatron.training.report import progress, say
@@ -73,9 +73,10 @@ def build_job(setup: Setup) -> Job:
     _load_weights(chunks, setup)
     chunks = wrap_data_parallel(chunks, config.model.optim.distributed)
     optimizer = build_optimizer(chunks, config.model.optim, config.trainer.gradient_clip_val, options.dtype)
-    if config.model.optim.master_weights == "dithered":
+    if options.dtype == torch.bfloat16 and config.model.optim.master_weights == "auto":
         models = [unwrap(chunk) for chunk in chunks]
-        dither_masters(models, optimizer, setup.architecture, layout, config.trainer.seed)
+        source = config.model.restore_from_path
+        place_masters(models, optimizer, setup.architecture, layout, source, config.trainer.seed)
     schedule = build_schedule(optimizer, config.model.optim, len(setup.train.steps))
     splits = [setup.train] + ([setup.validation] if setup.validation else [])
     references = {split.name: _reference(split, chunks, setup) for split in splits}

@@ -1,11 +1,13 @@
-"""Dithered masters on real optimizers: the same at every layout, and the model before the first step is untouched."""
+"""Masters on real optimizers: the same at every layout, and the model before the first step is untouched."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mpo_megatron.conversion.load import global_parameter_names
@@ -31,12 +33,12 @@ def masters(
     folder: Path, wanted: Layout, dithered: bool
 ) -> tuple[Tensor, dict[tuple[str, int], list[Any]], list[str]]:
     """(log-probs, this rank's parts of masters by parameter and tensor-parallel rank, bf16 weights that they miss)."""
-    from mpo_megatron.training.masters import _first_place, dither_masters
+    from mpo_megatron.training.masters import _first_place, place_masters
 
     model = build(folder, SIZES, wanted)
     models = [unwrap(chunk) for chunk in model.chunks]
     if dithered:
-        dither_masters(models, model.optimizer, model.architecture, model.layout, seed=5)
+        place_masters(models, model.optimizer, model.architecture, model.layout, folder, seed=5)
     parts: dict[tuple[str, int], list[Any]] = {}
     missed = []
     for inner in models:
@@ -100,3 +102,34 @@ def test_the_same_masters_at_every_layout(name: str, one_rank: Any, ranks: Any) 
     expected, ours = whole(folder, 1, dithered), whole(folder, layout.tp, found)
     assert ours.keys() == expected.keys()
     assert all(torch.equal(ours[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_masters_have_what_the_folder_has_beyond_bf16(dtype: torch.dtype, ranks: Any, tmp_path: Path) -> None:
+    """At one rank and over two replicas: float32 values as they are, float16 ones within their own rounding."""
+    make_model(tmp_path, "qwen2", dtype=dtype)
+    stored = load_file(tmp_path / "model.safetensors")
+    for world, layout in (
+        (1, BF16),
+        (2, replace(BF16, distributed_optimizer=True)),
+        (2, replace(BF16, tp=2)),
+    ):
+        found = ranks(world).run(masters, tmp_path, layout, True)
+        assert all(missed == [] for *_, missed in found)
+        ours = whole(tmp_path, layout.tp, found)
+        assert ours.keys() == stored.keys()
+        for name, values in ours.items():
+            assert torch.equal(values.to(dtype), stored[name]), name
+            if dtype == torch.float16:
+                assert float((values != stored[name].float()).float().mean()) > 0.99, name
+
+
+def test_a_float32_folder_of_bf16_weights_is_taken_as_bf16(one_rank: Any, ranks: Any, tmp_path: Path) -> None:
+    folder, _, dithered = one_rank
+    copy = tmp_path / "float32"
+    shutil.copytree(folder, copy)
+    weights = {name: tensor.float() for name, tensor in load_file(copy / "model.safetensors").items()}
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    found = ranks(1).run(masters, copy, BF16, True)
+    expected, ours = whole(folder, 1, dithered), whole(copy, 1, found)
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)

@@ -45,6 +45,40 @@ def test_masters_fill_the_cell_evenly(weight: float) -> None:
     assert float((found - expected).abs().max()) < 5 * math.sqrt(expected)
 
 
+HALF = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.1, 0.5, 0.6, 1 - 2**-53])
+def test_float16_numbers_stay_in_both_their_roundings(uniform: float) -> None:
+    """All float16 numbers: a master rounds to the number it came from, and to the bf16 number that this rounds to."""
+    values = HALF.float()
+    masters = dither(values, torch.full(values.shape, uniform, dtype=torch.float64), 11)
+    finite = values.isfinite()
+    assert torch.equal(masters.half()[finite], HALF[finite])
+    assert torch.equal(masters.bfloat16()[finite], values.bfloat16()[finite])
+    assert torch.equal(masters[values == 0], values[values == 0])
+
+
+def test_masters_of_float16_fill_the_bf16_cell_too() -> None:
+    """Eight float16 numbers share a bf16 one; their masters together lie as evenly as bf16's own."""
+    eighths = (1.5 + torch.arange(-4, 5) * 2.0**-10).half().float()
+    eighths = eighths[eighths.bfloat16() == 1.5]
+    weights = torch.full((len(eighths),), 2.0)
+    weights[[0, -1]] = (
+        1.0  # the two in the middle between bf16 numbers, of which this one has half a cell each
+    )
+    values = eighths.repeat_interleave(weights.long() * 20_000)
+    masters = dither(values, uniform_numbers(0, "half", torch.arange(len(values))), 11)
+    found = torch.histc(masters.double(), bins=16, min=1.5 - 2.0**-8, max=1.5 + 2.0**-8)
+    expected = len(values) / 16
+    assert float((found - expected).abs().max()) < 5 * math.sqrt(expected)
+
+
+def test_float32_numbers_are_their_own_masters() -> None:
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(dither(values, torch.rand(1000, dtype=torch.float64), 24), values)
+
+
 def _next(value: torch.Tensor, step: int = 1) -> float:
     """The magnitude of the next larger or smaller bf16 number."""
     return float((value.abs().view(torch.int16) + step).view(torch.bfloat16))
