@@ -118,6 +118,8 @@ class ModelConfig:
     )
     # Where the trained Hugging Face folder goes; None: <experiment folder>/hf; "": nowhere.
     export_path: str | None = None
+    # Of its weights: bf16 (float32 masters rounded) | float32 (the masters whole); None: as trained.
+    export_dtype: str | None = None
     # Make a Hugging Face folder of every checkpoint, in the background: <experiment folder>/exports/step_NNNNNNN.
     export_at_save: bool = False
     tensor_model_parallel_size: int = 1
@@ -294,6 +296,8 @@ def _check(config: Config) -> None:
     _one_of("trainer.precision", config.precision, ("bf16", "32"))
     _one_of("model.transformer_impl", model.transformer_impl, ("auto", "transformer_engine", "local"))
     _one_of("model.attention_backend", model.attention_backend, ("auto", "varlen", "te", "sdpa"))
+    if model.export_dtype is not None:
+        _one_of("model.export_dtype", model.export_dtype, ("bf16", "float32"))
     if mpo.reference is not None:
         _one_of("model.mpo.reference", mpo.reference, ("cached", "none"))
     _one_of("model.optim.master_weights", optim.master_weights, ("auto", "rounded"))

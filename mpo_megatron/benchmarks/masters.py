@@ -19,7 +19,7 @@ from mpo_megatron.config import check_overrides, parse, register_schema
 from mpo_megatron.model.provider import unwrap
 from mpo_megatron.objectives import GroupBatch
 from mpo_megatron.objectives.metrics import METRICS, group_metrics
-from mpo_megatron.training.job import Job, build_job
+from mpo_megatron.training.job import Job, build_job, start_masters
 from mpo_megatron.training.setup import prepare
 from mpo_megatron.training.step import response_logps
 from mpo_megatron.training.trainer import train_step
@@ -61,6 +61,7 @@ def run(wanted: Run) -> dict[str, float]:
     """
     torch.set_num_threads(wanted.threads)
     job = _build(wanted.overrides)
+    start_masters(job)
     parameters = [parameter for chunk in job.chunks for parameter in unwrap(chunk).parameters()]
     before = [parameter.detach().clone() for parameter in parameters]
     random = torch.Generator().manual_seed(job.setup.config.trainer.seed)

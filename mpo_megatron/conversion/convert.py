@@ -4,8 +4,8 @@ A checkpoint made here holds the model's weights, and in its folder `hf` what el
 generation config, tokenizer, chat template), as the checkpoints of a training run do. Memory at a time: one layer or a
 piece of the embedding.
 
-As a module of its own, `python -m mpo_megatron.conversion.convert CHECKPOINT OUTPUT` is what a run starts for its
-exports in the background; people have tools/convert_checkpoint.py.
+As a module of its own, `python -m mpo_megatron.conversion.convert CHECKPOINT OUTPUT [DTYPE]` is what a run starts for
+its exports in the background; people have tools/convert_checkpoint.py.
 """
 
 import os
@@ -32,6 +32,13 @@ from mpo_megatron.runtime.publish import check_space, published
 
 # The embedding is written in pieces of so many bytes, so that it is not in memory whole.
 PIECE_BYTES = 64 * 2**20
+# Before the name of a parameter: that of its float32 master in a run's checkpoint, with the distributed optimizer and
+# without it; where there are experts, Megatron has two optimizers, theirs the second.
+_MASTERS = [
+    f"{part}optimizer.state.{key}."
+    for part in ("", "chained_0.", "chained_1.")
+    for key in ("param", "fp32_param")
+]
 
 
 def import_hf(hf: str | Path, output: str | Path, *, progress: bool = False) -> None:
@@ -106,7 +113,8 @@ def export_checkpoint(
     Args:
         checkpoint: the folder; a run's are in `checkpoints/step_NNNNNNN`.
         output: the folder to make.
-        dtype: of the weights; None: as they are.
+        dtype: of the weights; None: as they are. In float32 a bf16 run's checkpoint gives the optimizer's master
+            weights, which hold more.
         max_shard_bytes: of a safetensors file.
         progress: show a bar.
 
@@ -118,7 +126,7 @@ def export_checkpoint(
     reader = CheckpointReader(folder)
     source = folder / HF_FOLDER
     architecture = read_architecture(source)
-    found = [(entry, *_find(entry, reader, architecture)) for entry in entries(architecture)]
+    found = [(entry, *_find(entry, reader, architecture, dtype)) for entry in entries(architecture)]
 
     def tensors(bar: Any) -> Iterator[tuple[str, Tensor]]:
         for entry, name, place in found:
@@ -129,8 +137,9 @@ def export_checkpoint(
                 bar.update(tensor.nbytes)
 
     shapes = {name: shape for entry, *_ in found for name, shape in entry.shapes(architecture).items()}
-    dtype = dtype or reader.dtype(found[0][1])
-    size = sum(shape.numel() for shape in shapes.values()) * reader.dtype(found[0][1]).itemsize
+    stored = reader.dtype(found[0][1])
+    dtype = dtype or stored
+    size = sum(shape.numel() for shape in shapes.values()) * stored.itemsize
     with _bar("export", size, progress) as bar:
         write_folder(Path(output), source, shapes, dtype, tensors(bar), max_shard_bytes)
 
@@ -139,8 +148,13 @@ def _bar(title: str, size: int, shown: bool) -> Any:
     return tqdm(total=size, desc=title, unit="B", unit_scale=True, disable=not shown, dynamic_ncols=True)
 
 
-def _find(entry: Entry, reader: CheckpointReader, architecture: Architecture) -> tuple[str, tuple[int, ...]]:
-    """The name of a parameter in the checkpoint, and its place in the stack of layers where it is in one."""
+def _find(
+    entry: Entry, reader: CheckpointReader, architecture: Architecture, dtype: torch.dtype | None
+) -> tuple[str, tuple[int, ...]]:
+    """The name of a parameter in the checkpoint, and its place in the stack of layers where it is in one.
+
+    That of its master in the optimizer's state, if `dtype` can hold more than the parameter does and it is there.
+    """
     stacked, place = entry.stored
     names = {stacked: place, **dict.fromkeys(entry.megatron, ())}
     name = next((name for name in names if name in reader), None)
@@ -157,7 +171,9 @@ def _find(entry: Entry, reader: CheckpointReader, architecture: Architecture) ->
             f"{reader.folder}: {name} has shape {tuple(found)} where config.json asks for {tuple(wanted)}; "
             "its files do not belong together"
         )
-    return name, names[name]
+    masters = [f"{prefix}{name}" for prefix in _MASTERS if f"{prefix}{name}" in reader]
+    finer = dtype is not None and dtype.itemsize > reader.dtype(name).itemsize
+    return masters[0] if finer and masters else name, names[name]
 
 
 def _stack(place: tuple[int, ...], architecture: Architecture) -> torch.Size:
@@ -176,6 +192,7 @@ def _megatron_shape(entry: Entry, architecture: Architecture) -> torch.Size:
 if __name__ == "__main__":
     os.nice(10)  # training comes first
     try:
-        export_checkpoint(*sys.argv[1:])
+        checkpoint, output, *dtype = sys.argv[1:]
+        export_checkpoint(checkpoint, output, dtype=getattr(torch, dtype[0]) if dtype else None)
     except UserError as error:
         sys.exit(f"error: {error}")

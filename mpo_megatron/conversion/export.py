@@ -1,6 +1,6 @@
 """Write the trained model as a Hugging Face folder, parameter by parameter, from any layout."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from mpo_megatron.conversion.load import global_parameter_names
-from mpo_megatron.conversion.names import Entry, entries
+from mpo_megatron.conversion.names import entries
 from mpo_megatron.conversion.transforms import Cut
 from mpo_megatron.conversion.weight_writer import MAX_SHARD_BYTES, write_folder
 from mpo_megatron.errors import CheckpointError
@@ -26,17 +26,21 @@ def export_hf(
     *,
     source: str | Path,
     output: str | Path,
+    dtype: torch.dtype | None = None,
+    values: Callable[[torch.nn.Parameter], Tensor] = torch.Tensor.detach,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write config, tokenizer and weights to `output`; all ranks call it, rank 0 writes.
 
-    The weights have the dtype that the model was trained in; the vocabulary's padding is left out; tied weights are
-    written once. The folder appears under its name when it is complete, in the place of an older one.
+    The vocabulary's padding is left out; tied weights are written once. The folder appears under its name when it is
+    complete, in the place of an older one.
 
     Args:
         models: this rank's unwrapped model chunks.
         source: the Hugging Face folder that the run started from, for everything but the weights.
         output: the folder to make.
+        dtype: of the weights; None: as the model was trained.
+        values: a parameter's values, in its shape; called by all ranks that hold the parameter, in the same order.
 
     Raises:
         CheckpointError: the folder cannot be written; on all ranks.
@@ -45,8 +49,8 @@ def export_hf(
         name: parameter for model in models for name, parameter in global_parameter_names(model).items()
     }
     holdings = _holdings(parameters, layout)
-    dtype = next(iter(parameters.values())).dtype
-    tensors = _gathered(architecture, parameters, holdings, layout, dtype)
+    dtype = dtype or next(iter(parameters.values())).dtype
+    tensors = _gathered(architecture, parameters, holdings, layout, dtype, values)
     error = None
     if layout.is_main:
         table = entries(architecture)
@@ -86,39 +90,36 @@ def _gathered(
     holdings: dict[str, _Holding],
     layout: ParallelLayout,
     dtype: torch.dtype,
+    values: Callable[[torch.nn.Parameter], Tensor],
 ) -> Iterator[tuple[str, Tensor]]:
     """On rank 0 the folder's tensors in order; nothing on the other ranks, which must run through it all the same."""
     for entry in entries(architecture):
-        shards = _gather(entry, parameters, holdings, layout, dtype)
+        name = next(name for name in entry.megatron if name in holdings)
+        mine = values(parameters[name]).to(dtype) if name in parameters else None
+        shards = _gather(holdings[name], mine, layout, dtype)
         if shards is not None:
             cut = Cut(architecture, shards[0].size(0) * layout.tp, 0, layout.tp)
             yield from zip(entry.hugging_face, entry.kind.join(shards, cut), strict=True)
 
 
 def _gather(
-    entry: Entry,
-    parameters: dict[str, torch.nn.Parameter],
-    holdings: dict[str, _Holding],
-    layout: ParallelLayout,
-    dtype: torch.dtype,
+    holding: _Holding, mine: Tensor | None, layout: ParallelLayout, dtype: torch.dtype
 ) -> list[Tensor] | None:
-    """On rank 0 the parameter's shards in tensor-parallel order, on the CPU; None on the other ranks.
+    """On rank 0 a parameter's shards in tensor-parallel order, on the CPU; None on the other ranks.
 
     The first tensor-parallel group that holds the parameter gathers it, and its first rank hands the shards on to
     rank 0.
+
+    Args:
+        mine: this rank's shard; None if it holds none.
     """
-    name = next(name for name in entry.megatron if name in holdings)
-    holding = holdings[name]
     gathers = parallel_state.get_tensor_model_parallel_src_rank() == holding.rank
     if not (gathers or layout.is_main):
         return None
     stacked = torch.empty(layout.tp, *holding.shape, dtype=dtype, device=layout.device)
     if gathers:
-        dist.all_gather(
-            list(stacked.unbind()),
-            parameters[name].detach(),
-            group=parallel_state.get_tensor_model_parallel_group(),
-        )
+        group = parallel_state.get_tensor_model_parallel_group()
+        dist.all_gather(list(stacked.unbind()), mine, group=group)
     if layout.rank == holding.rank != 0:
         dist.send(stacked, dst=0)
     elif layout.is_main and holding.rank != 0:

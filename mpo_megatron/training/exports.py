@@ -9,6 +9,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from mpo_megatron.training.report import say
 
 
@@ -25,10 +27,15 @@ class BackgroundExports:
     def __init__(self) -> None:
         self._running: list[_Export] = []
 
-    def start(self, checkpoint: Path, output: Path) -> None:
-        """Begin to export a complete checkpoint; says how the earlier ones have ended, if they have."""
+    def start(self, checkpoint: Path, output: Path, dtype: torch.dtype | None) -> None:
+        """Begin to export a complete checkpoint; says how the earlier ones have ended, if they have.
+
+        Args:
+            dtype: of the weights; None: as they are.
+        """
         self._tell([export for export in self._running if export.process.poll() is not None])
         command = [sys.executable, "-m", "mpo_megatron.conversion.convert", str(checkpoint), str(output)]
+        command += [str(dtype).removeprefix("torch.")] if dtype else []
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )

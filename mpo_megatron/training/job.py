@@ -22,6 +22,7 @@ from mpo_megatron.training.checkpoint import latest_checkpoint, load_checkpoint
 from mpo_megatron.training.experiment import CHECKPOINTS, Experiment, start_experiment
 from mpo_megatron.training.exports import BackgroundExports
 from mpo_megatron.training.masters import place_masters
+from mpo_megatron.training.movement import WeightSample
 from mpo_megatron.training.optimizer import build_optimizer, build_schedule, wrap_data_parallel
 from mpo_megatron.training.reference import cache_path, reference_key, reference_logps
 from mpo_megatron.training.report import progress, say
@@ -42,6 +43,7 @@ class Job:
     references: dict[str, Tensor]  # by split name, [responses of the data set]
     experiment: Experiment | None  # on rank 0
     folder: Path
+    sample: WeightSample | None  # of bf16 weights
     exports: BackgroundExports = field(default_factory=BackgroundExports)  # used on rank 0
 
     @property
@@ -73,14 +75,11 @@ def build_job(setup: Setup) -> Job:
     _load_weights(chunks, setup)
     chunks = wrap_data_parallel(chunks, config.model.optim.distributed)
     optimizer = build_optimizer(chunks, config.model.optim, config.trainer.gradient_clip_val, options.dtype)
-    if options.dtype == torch.bfloat16 and config.model.optim.master_weights == "auto":
-        models = [unwrap(chunk) for chunk in chunks]
-        source = config.model.restore_from_path
-        place_masters(models, optimizer, setup.architecture, layout, source, config.trainer.seed)
     schedule = build_schedule(optimizer, config.model.optim, len(setup.train.steps))
     splits = [setup.train] + ([setup.validation] if setup.validation else [])
     references = {split.name: _reference(split, chunks, setup) for split in splits}
-    return Job(setup, chunks, optimizer, schedule, references, experiment, folder)
+    sample = WeightSample([unwrap(chunk) for chunk in chunks]) if options.dtype == torch.bfloat16 else None
+    return Job(setup, chunks, optimizer, schedule, references, experiment, folder, sample)
 
 
 def _load_weights(chunks: list[Any], setup: Setup) -> None:
@@ -136,6 +135,30 @@ def _introduce(setup: Setup, folder: Path) -> None:
         f"results in  {folder}",
     ]
     for line in lines:
+        say(line)
+
+
+def start_masters(job: Job) -> None:
+    """Put the float32 masters of bf16 weights where the configuration wants them: before the first step of a run.
+
+    A run that resumes has them in its checkpoint. Every rank calls it.
+
+    Raises:
+        CheckpointError: the starting model cannot be read.
+    """
+    if job.sample is None:
+        return
+    setup, optim = job.setup, job.setup.config.model.optim
+    missed = 1 - job.sample.shown(optim.lr)
+    at_once = f"an update of {optim.lr:g} would not show in {missed:.1%} of them at once"
+    line = f"masters     at the bf16 weights, where {at_once}; model.optim.master_weights=auto mends that"
+    if optim.master_weights == "auto":
+        models = [unwrap(chunk) for chunk in job.chunks]
+        source = setup.config.model.restore_from_path
+        seed = setup.config.trainer.seed
+        place_masters(models, job.optimizer, setup.architecture, setup.layout, source, seed)
+        line = f"masters     within the rounding of the bf16 weights; at the weights, {at_once}"
+    if job.is_main:
         say(line)
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
 
 from mpo_megatron.conversion.hf_folder import WeightReader, is_checkpoint
@@ -130,13 +131,14 @@ def place_masters(
         significant = min(finer.get(tensor, BF16) for tensor in entry.hugging_face)
         cut = Cut(architecture, parameter.size(0) * layout.tp, layout.tp_rank, layout.tp)
         rows, columns, width = _lines(entry, architecture, cut)
+        rows, columns = rows.to(master.device), columns.to(master.device)
         start = _first_place(parameter, optimizer)
         weights, exact, target = parameter.detach().view(-1), values.view(-1), master.detach().view(-1)
         for part in _parts(target.numel()):
             there = slice(start + part.start, start + part.stop)
-            places = torch.arange(there.start, there.stop)
+            places = torch.arange(there.start, there.stop, device=master.device)
             whole = rows[places // len(columns)] * width + columns[places % len(columns)]
-            uniform = uniform_numbers(seed, entry.hugging_face[0], whole).to(target.device)
+            uniform = uniform_numbers(seed, entry.hugging_face[0], whole)
             drawn = dither(exact[there], uniform, significant)
             # Twice rounded, from float64 to float32 to bf16, a number may come to another one than at once.
             same = drawn.bfloat16() == weights[there]
@@ -170,6 +172,29 @@ def _starting_values(
     for model in models:
         for name, parameter in global_parameter_names(model).items():
             yield name, parameter, parameter.detach()
+
+
+def master_values(parameter: torch.nn.Parameter, optimizer: Any) -> Tensor:
+    """float32 values of a parameter, in its shape: its master's, or its own if it has none.
+
+    With the distributed optimizer each replica has a part of the master; all of them call it.
+    """
+    master = getattr(parameter, "main_param", None)
+    if not getattr(parameter, "main_param_sharded", False):
+        return (parameter if master is None else master).detach().float().view(parameter.shape)
+    # In integers, to which adding zero leaves every bit.
+    whole = torch.zeros(parameter.numel(), dtype=torch.int32, device=parameter.device)
+    if master is not None:
+        start = _first_place(parameter, optimizer)
+        whole[start : start + master.numel()] = master.detach().view(-1).view(torch.int32)
+    is_expert = not getattr(parameter, "allreduce", True)
+    dist.all_reduce(
+        whole,
+        group=parallel_state.get_expert_data_parallel_group()
+        if is_expert
+        else parallel_state.get_data_parallel_group(with_context_parallel=True),
+    )
+    return whole.view(torch.float32).view(parameter.shape)
 
 
 def _first_place(parameter: Any, optimizer: Any) -> int:

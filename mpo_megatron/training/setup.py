@@ -27,6 +27,7 @@ from mpo_megatron.scheduling.plan import Pipeline
 from mpo_megatron.scheduling.rows import RowSource
 
 DTYPES = {"bf16": torch.bfloat16, "32": torch.float32}
+EXPORT_DTYPES = {None: None, "bf16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,10 @@
 import json
 import math
 import time
+from functools import partial
 from pathlib import Path
 
+import torch
 import yaml
 
 from mpo_megatron.config import Config, as_yaml
@@ -15,9 +17,10 @@ from mpo_megatron.runtime.parallel import shutdown
 from mpo_megatron.scheduling.rows import StepRows
 from mpo_megatron.training.checkpoint import save_checkpoint
 from mpo_megatron.training.experiment import CHECKPOINTS
-from mpo_megatron.training.job import IDENTITY_FILE, Job, build_job, identity, resume
+from mpo_megatron.training.job import IDENTITY_FILE, Job, build_job, identity, resume, start_masters
+from mpo_megatron.training.masters import master_values
 from mpo_megatron.training.report import TrainingBar, before_after, plot_run, progress, say
-from mpo_megatron.training.setup import Setup, prepare
+from mpo_megatron.training.setup import EXPORT_DTYPES, Setup, prepare
 from mpo_megatron.training.step import objective_pass
 
 
@@ -32,6 +35,7 @@ def train(config: Config) -> None:
         job = build_job(setup)
         start = resume(job)
         if start == 0:
+            start_masters(job)
             validate(job, 0)
         run_steps(job, start)
         finish(job)
@@ -74,7 +78,10 @@ def train_step(job: Job, step: int) -> dict[str, float]:
     values = objective_pass(job.chunks, rows, setup.objective, references, setup.layout, forward_only=False)
     _check_finite("loss", values["loss"], step, setup, rows)
     values["lr"] = job.optimizer.param_groups[0]["lr"]
+    before = None if job.sample is None else job.sample.values()
     _, values["grad_norm"], _ = job.optimizer.step()
+    if job.sample is not None and before is not None:
+        values["moved_fraction"] = job.sample.moved_since(before)
     _check_finite("gradient norm", values["grad_norm"], step, setup, rows)
     job.schedule.step(1)
     seconds = time.perf_counter() - began
@@ -129,7 +136,8 @@ def save(job: Job, step: int) -> None:
     if job.is_main:
         say(f"checkpoint in {path}")
         if job.setup.config.model.export_at_save:
-            job.exports.start(path, job.folder / "exports" / path.name)
+            dtype = EXPORT_DTYPES[job.setup.config.model.export_dtype]
+            job.exports.start(path, job.folder / "exports" / path.name, dtype)
 
 
 def finish(job: Job) -> None:
@@ -139,7 +147,14 @@ def finish(job: Job) -> None:
     target = job.folder / "hf" if output is None else Path(output).expanduser()
     if output != "":
         models = [unwrap(chunk) for chunk in job.chunks]
-        export_hf(models, job.setup.architecture, layout, source=job.setup.hf_folder, output=target)
+        dtype = EXPORT_DTYPES[config.model.export_dtype]
+        values = (
+            partial(master_values, optimizer=job.optimizer) if dtype == torch.float32 else torch.Tensor.detach
+        )
+        export_hf(
+            models, job.setup.architecture, layout,
+            source=job.setup.hf_folder, output=target, dtype=dtype, values=values,
+        )  # fmt: skip
     if job.experiment is None:
         return
     job.experiment.close()

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from mpo_megatron.conversion.convert import import_hf
 from mpo_megatron.training.exports import BackgroundExports
@@ -13,8 +15,8 @@ def test_each_says_how_it_ended(tmp_path: Path, capsys: pytest.CaptureFixture[st
     import_hf(make_llama(tmp_path / "source"), tmp_path / "checkpoint")
     exports = BackgroundExports()
     exports.wait()
-    exports.start(tmp_path / "absent", tmp_path / "a")
-    exports.start(tmp_path / "checkpoint", tmp_path / "b")
+    exports.start(tmp_path / "absent", tmp_path / "a", None)
+    exports.start(tmp_path / "checkpoint", tmp_path / "b", torch.float16)
     exports.wait()
     printed = capsys.readouterr().out
     assert f"exported    {tmp_path / 'b'} (Hugging Face folder)\n" in printed
@@ -26,5 +28,6 @@ def test_each_says_how_it_ended(tmp_path: Path, capsys: pytest.CaptureFixture[st
         f"tools/convert_checkpoint.py export --checkpoint {tmp_path / 'absent'} --output {tmp_path / 'a'}"
         in printed
     )
-    assert (tmp_path / "b" / "model.safetensors").is_file()
+    exported = load_file(tmp_path / "b" / "model.safetensors")
+    assert {tensor.dtype for tensor in exported.values()} == {torch.float16}
     assert not (tmp_path / "a").exists()
