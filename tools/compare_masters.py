@@ -154,11 +154,11 @@ def run(member: Member, parsed: argparse.Namespace, copy: Path) -> None:
     wanted = {"overrides": overrides, "stochastic": member.way == "stochastic", "threads": parsed.threads}
     command = [sys.executable, "-m", "mpo_megatron.benchmarks.masters", json.dumps(wanted)]
     log = folder / "log.txt"
-    with log.open("w", encoding="utf-8") as file:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=file, text=True, check=False)
-        file.write(done.stdout)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    log.write_text(done.stdout + done.stderr, encoding="utf-8")
     if done.returncode:
-        raise UserError(f"{member.name} failed; see {log}")
+        last = log.read_text(encoding="utf-8").strip().splitlines()[-1]
+        raise UserError(f"{member.name} failed ({last}); see {log}")
     result = folder / "result.json"
     result.with_suffix(".partial").write_text(done.stdout.splitlines()[-1] + "\n", encoding="utf-8")
     result.with_suffix(".partial").rename(result)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mpo_megatron.config import check_overrides, parse, register_schema
+from mpo_megatron.errors import UserError
 from mpo_megatron.model.provider import unwrap
 from mpo_megatron.objectives import GroupBatch
 from mpo_megatron.objectives.metrics import METRICS, group_metrics
@@ -134,4 +135,7 @@ if __name__ == "__main__":
     from mpo_megatron.runtime.quiet import quiet_third_parties
 
     quiet_third_parties()
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(f"error: {error}")
