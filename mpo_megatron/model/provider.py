@@ -53,6 +53,8 @@ class ModelOptions:
     dtype: torch.dtype = torch.float32
     sequence_parallel: bool = False
     transformer_engine: bool = False  # the layers come from Transformer Engine
+    # Its products add weight gradients to the float32 sums of the step themselves.
+    fuse_weight_gradients: bool = True
     attention_backend: str = "sdpa"  # te | varlen | sdpa
     make_vocab_size_divisible_by: int = 128
     head_chunk_size: int = 1024  # positions whose logits exist at a time
@@ -155,9 +157,8 @@ def transformer_config(
         bias_dropout_fusion=on_gpu,
         apply_rope_fusion=options.transformer_engine,
         masked_softmax_fusion=False,
-        # The output layer is Megatron's own even among Transformer Engine's layers, and takes apex's kernel for this.
-        gradient_accumulation_fusion=options.transformer_engine
-        and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        # Megatron's own output layer would ask for apex; see _fuse_weight_gradients.
+        gradient_accumulation_fusion=False,
         recompute_granularity=options.recompute_granularity,
         recompute_method=options.recompute_method,
         recompute_num_layers=options.recompute_num_layers,
@@ -251,9 +252,23 @@ def _build_chunk(
     model.rotary_pos_emb = PositionRotaryEmbedding(architecture.inverse_frequencies, layout.device)
     _mark_tensor_parallel(model)
     _mark_experts(model)
+    if options.transformer_engine and options.fuse_weight_gradients:
+        _fuse_weight_gradients(model)
     if layout.device.type == "cuda":
         model.cuda(layout.device)
     return Float16Module(config, model) if config.bf16 else model
+
+
+def _fuse_weight_gradients(model: torch.nn.Module) -> None:
+    """Let Transformer Engine's linear layers add their weight gradients to `main_grad` in the product itself.
+
+    They do so where Megatron's configuration has `gradient_accumulation_fusion`, and need no apex for it; but with that
+    the output layer would stop for lack of apex.
+    """
+    name = "fuse_wgrad_accumulation"
+    for module in model.modules():
+        if hasattr(module, name):
+            setattr(module, name, True)
 
 
 def _mark_tensor_parallel(model: torch.nn.Module) -> None:

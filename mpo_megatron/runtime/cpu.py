@@ -90,6 +90,12 @@ def _all_gather(
     return None
 
 
+def _inside_the_mode(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    assert _installed is not None
+    with _installed:
+        return function(*args, **kwargs)
+
+
 def is_installed() -> bool:
     """Whether this process sends CUDA requests to the CPU."""
     return _installed is not None
@@ -135,6 +141,11 @@ def install() -> None:
 
     megatron_random._get_cuda_rng_state = get_state
     megatron_random._set_cuda_rng_state = set_state
+
+    # torch leaves a mode while it runs what the mode was asked about, and `backward` is asked about: without this, what
+    # runs inside it, recomputed layers among it, would ask for CUDA.
+    autograd: Any = torch.autograd
+    autograd._engine_run_backward = partial(_inside_the_mode, autograd._engine_run_backward)
 
     _installed = _CudaMeansCpu()
     _installed.__enter__()

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests.helpers import transformer_engine
 from tests.helpers.ranks import RankPool, RankProcesses
 
 
@@ -18,8 +19,23 @@ def ranks() -> Iterator[Callable[[int], RankPool]]:
     processes.close()
 
 
+@pytest.fixture(scope="module")
+def te_ranks() -> Iterator[Callable[[int], RankPool]]:
+    """The same in processes that have Transformer Engine's layers; see tests.helpers.transformer_engine."""
+    if not transformer_engine.is_there():
+        pytest.skip(
+            f"Transformer Engine's wheel is not in {transformer_engine.FOLDER}; tools/setup_venv.sh unpacks it"
+        )
+    processes = RankProcesses(
+        setup="tests.helpers.transformer_engine:set_up",
+        teardown="megatron.core.parallel_state:destroy_model_parallel",
+    )
+    yield lambda world_size: RankPool(world_size, processes)
+    processes.close()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what starts ranks, so that `-m "not distributed"` leaves it out."""
     for item in items:
-        if "ranks" in getattr(item, "fixturenames", ()):
+        if {"ranks", "te_ranks"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.distributed)

@@ -24,7 +24,8 @@ def run_with(fault: str, case: Callable[..., Any], *args: Any) -> Any:
 
 
 @contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """An attribute of a module or class is another one for a while."""
     original = getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -35,7 +36,7 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 def _with_rows(change: Callable[[PackedRow], PackedRow]) -> Any:
     pack_row = rows.pack_row
-    return _replaced(rows, "pack_row", lambda *args, **kwargs: change(pack_row(*args, **kwargs)))
+    return replaced(rows, "pack_row", lambda *args, **kwargs: change(pack_row(*args, **kwargs)))
 
 
 def _last_prompt_position_predicts_once() -> Any:
@@ -82,7 +83,7 @@ def _plan_leaves_a_group_out() -> Any:
 
     @contextmanager
     def both() -> Iterator[None]:
-        with _replaced(rows, "plan_step", plan), _replaced(rows, "check_plan", lambda *a, **k: None):
+        with replaced(rows, "plan_step", plan), replaced(rows, "check_plan", lambda *a, **k: None):
             yield
 
     return both()
@@ -95,12 +96,12 @@ def _keys_left_in_the_order_of_the_ranks() -> Any:
         part = row_tokens // size
         return (attention.Span(rank * part, part),)
 
-    return _replaced(attention, "context_spans", in_rank_order)
+    return replaced(attention, "context_spans", in_rank_order)
 
 
 def _first_pass_forgotten_on_other_replicas() -> Any:
     """The log-probs of a split group's parts on other data-parallel ranks count as 0."""
-    return _replaced(step, "dist", SimpleNamespace(all_reduce=_all_reduce_over_the_world_only))
+    return replaced(step, "dist", SimpleNamespace(all_reduce=_all_reduce_over_the_world_only))
 
 
 def _all_reduce_over_the_world_only(tensor: torch.Tensor, group: Any = None) -> None:
@@ -117,7 +118,7 @@ def _weights_from_the_part_alone() -> Any:
         first_pass_done = len(args) == 3
         return lambda row, output: loss(replace(row, split_slots=None) if first_pass_done else row, output)
 
-    return _replaced(step, "objective_loss", of_parts)
+    return replaced(step, "objective_loss", of_parts)
 
 
 def _batched_sends_between_interleaved_stages() -> Any:
@@ -128,7 +129,7 @@ def _batched_sends_between_interleaved_stages() -> Any:
         made.batch_p2p_comm, made.overlap_p2p_comm = True, False
         return made
 
-    return _replaced(provider, "transformer_config", batched)
+    return replaced(provider, "transformer_config", batched)
 
 
 def _qk_norm_gradients_left_on_their_rank() -> Any:
@@ -139,7 +140,7 @@ def _qk_norm_gradients_left_on_their_rank() -> Any:
         get_model_config(models[0]).qk_layernorm = False
         finalize_model_grads(models, *args, **kwargs)
 
-    return _replaced(provider, "finalize_model_grads", untold)
+    return replaced(provider, "finalize_model_grads", untold)
 
 
 def _experts_gradients_summed_with_those_of_others() -> Any:
@@ -149,7 +150,7 @@ def _experts_gradients_summed_with_those_of_others() -> Any:
         for parameter in model.parameters():
             parameter.allreduce = True  # type: ignore[attr-defined]
 
-    return _replaced(provider, "_mark_experts", unmark)
+    return replaced(provider, "_mark_experts", unmark)
 
 
 # What runs each: (ranks, layout, rows of whole groups or of parts).

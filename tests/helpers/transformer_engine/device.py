@@ -1,0 +1,47 @@
+"""What Transformer Engine asks of the device beyond what Megatron asks, answered as a Hopper GPU would."""
+
+import importlib
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+_CAPABILITY = (9, 0)
+
+
+class _Event:
+    """A CUDA event where there is one order of execution."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def record(self, *args: Any) -> None: ...
+
+    def wait(self, *args: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+
+def answer_for_the_gpu() -> None:
+    """To be called once, after `mpo_megatron.runtime.cpu.install`."""
+    cuda: Any = torch.cuda
+    cuda.is_available = lambda: True
+    cuda.device_count = lambda: 1
+    cuda.is_bf16_supported = lambda *args: True
+    cuda.get_device_capability = lambda *args: _CAPABILITY
+    cuda.get_device_properties = lambda *args: SimpleNamespace(
+        major=_CAPABILITY[0], minor=_CAPABILITY[1], multi_processor_count=1, total_memory=2**34, name="cpu"
+    )
+    cuda.Event = _Event
+    # It asserts of all tensors that they are there.
+    torch.Tensor.is_cuda = property(lambda tensor: True)  # type: ignore[assignment]
+
+    gemm: Any = importlib.import_module("transformer_engine.pytorch.cpp_extensions.gemm")
+    gemm.get_cublas_workspace = lambda *args: torch.empty(1, dtype=torch.uint8)
+    # Where weight gradients go to main_grad, autograd gets a tensor in their place, on the GPU by name.
+    for name in ("base", "linear", "layernorm_linear", "layernorm_mlp", "grouped_linear"):
+        module: Any = importlib.import_module(f"transformer_engine.pytorch.module.{name}")
+        if hasattr(module, "get_dummy_wgrad"):
+            module.get_dummy_wgrad = lambda shape, dtype, zero=False: torch.zeros(shape, dtype=dtype)
