@@ -80,7 +80,7 @@ def _holdings(parameters: dict[str, torch.nn.Parameter], layout: ParallelLayout)
     speaks = layout.tp_rank == 0 and parallel_state.get_expert_data_parallel_rank() == 0
     mine = {name: _Holding(layout.rank, p.shape) for name, p in parameters.items()} if speaks else {}
     everyone: list[dict[str, _Holding]] = [{} for _ in range(layout.world_size)]
-    dist.all_gather_object(everyone, mine)
+    dist.all_gather_object(everyone, mine, group=layout.control)
     return {name: holding for held in reversed(everyone) for name, holding in held.items()}
 
 

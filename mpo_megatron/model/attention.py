@@ -14,7 +14,6 @@ Shapes: T packed tokens, t of them held by this rank (T without context parallel
 heads of this rank, D head size.
 """
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from mpo_megatron.errors import ConfigError
 from mpo_megatron.model.segments import RowParams
+from mpo_megatron.runtime import capabilities
 from mpo_megatron.scheduling.layout import Span, context_spans
 
 # (q [t, Hq, D], k [T, Hkv, D], v [T, Hkv, D], params) -> [used, Hq * D]: outputs of the held tokens, padding left out.
@@ -118,12 +118,6 @@ def _torch_kernel(scale: float | None) -> VarlenKernel:
     return kernel
 
 
-def _has_torch_kernel() -> bool:
-    """torch >= 2.13: earlier releases of `varlen_attn` have no grouped-query attention."""
-    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    return version >= (2, 13)
-
-
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """Resolve `model.attention_backend`: `auto` takes the fastest that this machine can run.
 
@@ -133,22 +127,37 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     Raises:
         ConfigError: the backend that was asked for cannot run here.
     """
-    flash = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
-    flash = flash and torch.cuda.get_device_capability(device) >= (8, 0)
-    can = {
-        "te": flash and importlib.util.find_spec("transformer_engine") is not None,
-        "varlen": flash and (importlib.util.find_spec("flash_attn") is not None or _has_torch_kernel()),
-        "sdpa": True,
-    }
     if name == "auto":
-        return next(backend for backend in ("varlen", "te", "sdpa") if can[backend])
-    if not can[name]:
+        return next(
+            backend for backend in ("varlen", "te", "sdpa") if no_backend(backend, device, dtype) is None
+        )
+    problem = no_backend(name, device, dtype)
+    if problem is not None:
         raise ConfigError(
-            f"model.attention_backend={name} needs a GPU of compute capability 8.0 or more, trainer.precision=bf16 and "
-            f"{'transformer_engine' if name == 'te' else 'flash-attn or torch >= 2.13'}; "
-            "install what is missing or set model.attention_backend=auto"
+            f"model.attention_backend={name}: {problem}; mend that, or set model.attention_backend=auto"
         )
     return name
+
+
+def no_backend(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a backend cannot run; None: it can."""
+    if name == "sdpa":
+        return None
+    if device.type != "cuda":
+        return "it needs a GPU"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return "its kernels take 16 bits alone, so it needs trainer.precision=bf16"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or more"
+    libraries = [capabilities.transformer_engine()] if name == "te" else varlen_libraries()
+    if any(library.problem is None for library in libraries):
+        return None
+    return ", and ".join(f"{library.name} {library.problem}" for library in libraries)
+
+
+def varlen_libraries() -> list[capabilities.Library]:
+    """Those that have a kernel for `varlen`; the first that can be used is."""
+    return [capabilities.flash_attention(), capabilities.torch_varlen_attention()]
 
 
 def make_backend(name: str, config: TransformerConfig, layer_number: int) -> Backend:
@@ -157,7 +166,7 @@ def make_backend(name: str, config: TransformerConfig, layer_number: int) -> Bac
     if name == "sdpa":
         return partial(sdpa, scale=scale)
     if name == "varlen":
-        has_package = importlib.util.find_spec("flash_attn") is not None
+        has_package = capabilities.flash_attention().problem is None
         return varlen((_flash_attn_kernel if has_package else _torch_kernel)(scale))
     assert name == "te", name
     return varlen(_te_kernel(config, layer_number))

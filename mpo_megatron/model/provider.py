@@ -12,7 +12,6 @@ of HybridModel. A second model class would have to supply, beside its own table 
 - gradients finalised by Megatron's `finalize_model_grads`: tied embeddings and QK norms summed over their ranks.
 """
 
-import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +38,7 @@ from mpo_megatron.model.head import ResponseHead
 from mpo_megatron.model.norm import RMSNorm
 from mpo_megatron.model.rotary import PositionRotaryEmbedding
 from mpo_megatron.model.segments import RowParams
+from mpo_megatron.runtime import capabilities
 from mpo_megatron.runtime.parallel import ParallelLayout
 from mpo_megatron.scheduling.pack import PackedRow
 
@@ -94,19 +94,32 @@ class GroupModel(GPTModel):
         )
 
 
-def uses_transformer_engine(name: str, device: torch.device) -> bool:
+def uses_transformer_engine(name: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Resolve `model.transformer_impl`: whether the layers come from Transformer Engine; `auto` takes it if it can run.
 
     Raises:
-        ConfigError: it was asked for and is not there.
+        ConfigError: it was asked for and cannot run.
     """
-    available = device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
-    if name == "transformer_engine" and not available:
+    if name == "local":
+        return False
+    problem = no_transformer_engine(device, dtype)
+    if name == "transformer_engine" and problem is not None:
         raise ConfigError(
-            "model.transformer_impl=transformer_engine needs a GPU and the transformer_engine package; "
-            "install it (pip install 'mpo-megatron[te]') or set model.transformer_impl=auto"
+            f"model.transformer_impl=transformer_engine: {problem}; mend that, or set model.transformer_impl=auto"
         )
-    return available and name != "local"
+    return problem is None
+
+
+def no_transformer_engine(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the layers cannot come from Transformer Engine; None: they can."""
+    if device.type != "cuda":
+        return "Transformer Engine needs a GPU"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return (
+            "Transformer Engine's products of float32 numbers are in TF32, so it needs trainer.precision=bf16"
+        )
+    library = capabilities.transformer_engine()
+    return library.problem and f"{library.name} {library.problem}"
 
 
 def transformer_config(

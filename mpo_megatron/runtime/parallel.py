@@ -6,14 +6,18 @@ needs show in its arguments.
 
 import datetime
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from mpo_megatron.errors import ConfigError, UserError
+
+_SHOWN = 4  # ranks that a message names
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class ParallelLayout:
     dp_rank: int
     ep_rank: int
     device: torch.device
+    # Over Gloo, of all ranks: for what may wait long on one of them. None: the default group.
+    control: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -94,11 +100,17 @@ def initialize(
     cp: int = 1,
     ep: int = 1,
     timeout_minutes: int = 30,
+    control_timeout_minutes: int = 24 * 60,
 ) -> ParallelLayout:
     """Start torch.distributed (as torchrun says, or one process alone) and Megatron's groups.
 
+    Args:
+        timeout_minutes: after which a collective counts as hung.
+        control_timeout_minutes: the same where ranks wait for one that reads, tokenises or writes.
+
     Raises:
-        ConfigError: the number of ranks is not a multiple of tp * pp * cp or of tp * pp * ep.
+        ConfigError: the number of ranks is not a multiple of tp * pp * cp or of tp * pp * ep, or some ranks have a GPU
+            and others none.
     """
     from megatron.core import parallel_state
 
@@ -113,9 +125,7 @@ def initialize(
         os.environ["MASTER_PORT"] = "0" if os.environ["WORLD_SIZE"] == "1" else "29500"
     check_world(int(os.environ["WORLD_SIZE"]), tp, pp, cp, ep)
     if not dist.is_initialized():
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=timeout_minutes)
-        )
+        _start(device, datetime.timedelta(minutes=timeout_minutes))
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
@@ -124,7 +134,44 @@ def initialize(
         expert_model_parallel_size=ep,
         distributed_timeout_minutes=timeout_minutes,
     )
-    return current_layout(device)
+    control = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=control_timeout_minutes))
+    return replace(current_layout(device), control=control)
+
+
+def _start(device: torch.device, timeout: datetime.timedelta) -> None:
+    """Find the other ranks, agree with them on the device, and start the default group on it."""
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    agree_on_device(device, store, rank, world_size)
+    on_gpu = device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=dist.PrefixStore("default", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+        device_id=device if on_gpu else None,
+    )
+
+
+def agree_on_device(device: torch.device, store: dist.Store, rank: int, world_size: int) -> None:
+    """Check that all ranks have chosen the same kind of device. Every rank calls it, before there is any group.
+
+    Raises:
+        ConfigError: some would compute on a GPU and others on the CPU, where each would wait for the others for ever.
+    """
+    number = store.add(f"device/{device.type}", 1)
+    store.set(f"device/{device.type}/{number}", f"rank {rank} on {socket.gethostname()}")
+    if store.add("device/all", 1) == world_size:
+        store.set("device/complete", "")
+    store.wait(["device/complete"])
+    count = store.add("device/cpu", 0)
+    if 0 < count < world_size:
+        found = [store.get(f"device/cpu/{n}").decode() for n in range(1, min(count, _SHOWN) + 1)]
+        more = f" and {count - _SHOWN} more" if count > _SHOWN else ""
+        raise ConfigError(
+            f"{count} of {world_size} ranks find no GPU ({', '.join(found)}{more}) and the others do; mend these nodes "
+            "(nvidia-smi, CUDA_VISIBLE_DEVICES), or set trainer.accelerator=cpu for all"
+        )
 
 
 def current_layout(device: torch.device) -> ParallelLayout:
@@ -153,7 +200,7 @@ def current_layout(device: torch.device) -> ParallelLayout:
 def raise_together(error: UserError | None, layout: ParallelLayout) -> None:
     """Raise the first rank's error on every rank, so that none waits for one that has stopped. All ranks call it."""
     errors: list[UserError | None] = [None] * layout.world_size
-    dist.all_gather_object(errors, error)
+    dist.all_gather_object(errors, error, group=layout.control)
     for raised in errors:
         if raised is not None:
             raise raised

@@ -59,7 +59,7 @@ def save_checkpoint(
     if layout.is_main:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-    dist.barrier()
+    dist.barrier(group=layout.control)
     dist_checkpointing.save(_state(chunks, optimizer, schedule, step, is_loading=False), str(temporary))
     if layout.is_main:
         for name, text in files.items():
@@ -67,7 +67,7 @@ def save_checkpoint(
         (temporary / HF_FOLDER).mkdir()
         copy_all_but_weights(hf_source, temporary / HF_FOLDER, next(chunks[0].parameters()).dtype)
         replace(temporary, final)
-    dist.barrier()
+    dist.barrier(group=layout.control)
     return final
 
 

@@ -21,6 +21,7 @@ from mpo_megatron.runtime.parallel import raising_together
 from mpo_megatron.training.checkpoint import latest_checkpoint, load_checkpoint
 from mpo_megatron.training.experiment import CHECKPOINTS, Experiment, start_experiment
 from mpo_megatron.training.exports import BackgroundExports
+from mpo_megatron.training.kernels import kernels
 from mpo_megatron.training.masters import place_masters
 from mpo_megatron.training.movement import WeightSample
 from mpo_megatron.training.optimizer import build_optimizer, build_schedule, wrap_data_parallel
@@ -99,7 +100,7 @@ def _open_experiment(setup: Setup) -> tuple[Experiment | None, Path]:
         if setup.layout.is_main:
             experiment = start_experiment(setup.config)
     folder = [str(experiment.folder) if experiment else ""]
-    dist.broadcast_object_list(folder, src=0)
+    dist.broadcast_object_list(folder, src=0, group=setup.layout.control)
     return experiment, Path(folder[0])
 
 
@@ -121,6 +122,7 @@ def _introduce(setup: Setup, folder: Path) -> None:
         f"{architecture.num_layers} layers",
         f"runs on     {layout}, {device}, {config.precision if config.precision == 'bf16' else 'fp32'}, "
         f"{layers} layers, {setup.model_options.attention_backend} attention",
+        *kernels(setup.model_options, layout, architecture.num_heads, model.data.max_length),
         ", ".join([f"objective   {setup.entry.name}", *settings, f"learning rate {model.optim.lr:g}"]),
         f"training    {setup.train.dataset.report}",
     ]

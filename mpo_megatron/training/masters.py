@@ -155,7 +155,7 @@ def _finer_than_bf16(
             names = (name for entry in entries(architecture) for name in entry.hugging_face)
             bits = significant_bits(WeightReader(source), names)
             found = [{name: number for name, number in bits.items() if number > BF16}]
-    dist.broadcast_object_list(found, src=0)
+    dist.broadcast_object_list(found, src=0, group=layout.control)
     return found[0]
 
 

@@ -83,7 +83,7 @@ def reference_logps(
     """
     size = int(source.dataset.response_offsets[-1])
     cached = [path.is_file()]
-    dist.broadcast_object_list(cached, src=0)
+    dist.broadcast_object_list(cached, src=0, group=layout.control)
     if cached[0]:  # read where it was written: other nodes may not see rank 0's cache
         values = torch.zeros(size, dtype=torch.float32, device=layout.device)
         if layout.is_main:

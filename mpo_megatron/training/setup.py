@@ -168,7 +168,7 @@ def model_options(config: Config, device: torch.device) -> ModelOptions:
     return ModelOptions(
         dtype=dtype,
         sequence_parallel=config.sequence_parallel,
-        transformer_engine=uses_transformer_engine(model.transformer_impl, device),
+        transformer_engine=uses_transformer_engine(model.transformer_impl, device, dtype),
         attention_backend=choose_backend(model.attention_backend, device, dtype),
         make_vocab_size_divisible_by=model.make_vocab_size_divisible_by,
         head_chunk_size=model.head_chunk_size,
@@ -250,7 +250,7 @@ def _on_one_rank_per_node(build: Callable[[], GroupDataset], layout: ParallelLay
             build()
     data = build()
     fingerprints: list[Any] = [None] * layout.world_size
-    dist.all_gather_object(fingerprints, data.fingerprint)
+    dist.all_gather_object(fingerprints, data.fingerprint, group=layout.control)
     if len(set(fingerprints)) > 1:
         raise ConfigError(
             "the nodes tokenised the data differently, although the files are the same: a chat template that prints "

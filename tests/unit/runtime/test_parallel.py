@@ -1,12 +1,14 @@
 """How many ranks a layout needs, and how it is named."""
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from mpo_megatron.errors import ConfigError
-from mpo_megatron.runtime.parallel import ParallelLayout, check_world
+from mpo_megatron.runtime.parallel import ParallelLayout, agree_on_device, check_world
 
 
 @pytest.mark.parametrize(
@@ -41,3 +43,32 @@ def test_a_layout_names_what_it_divides() -> None:
     layout = ParallelLayout(0, 8, 0, 2, 1, 1, 1, 4, 2, 0, 0, 0, 0, 0, torch.device("cpu"))
     assert str(layout) == "8 ranks (TP 2, DP 4, EP 2)"
     assert layout.sizes == (2, 1, 1, 1, 4, 2)
+
+
+def agreed(devices: list[str]) -> list[str]:
+    """What each rank with one of these devices is told, in threads that share a store."""
+    store, said = dist.HashStore(), [""] * len(devices)
+
+    def rank(number: int) -> None:
+        try:
+            agree_on_device(torch.device(devices[number]), store, number, len(devices))
+        except ConfigError as error:
+            said[number] = str(error)
+
+    with ThreadPoolExecutor(len(devices)) as threads:
+        list(threads.map(rank, range(len(devices))))
+    return said
+
+
+def test_ranks_with_one_kind_of_device_agree() -> None:
+    assert agreed(["cpu"] * 3) == agreed(["cuda:0", "cuda:1", "cuda:0"]) == [""] * 3
+
+
+def test_ranks_with_and_without_a_gpu_are_told_which() -> None:
+    said = agreed(["cuda:0", "cpu", "cuda:1"])
+    assert len(set(said)) == 1
+    assert re.match(
+        r"1 of 3 ranks find no GPU \(rank 1 on \S+\) and the others do; mend these nodes", said[0]
+    )
+    many = agreed(["cuda:0"] + ["cpu"] * 6)
+    assert " and 2 more) and the others do" in many[0]

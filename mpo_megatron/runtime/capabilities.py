@@ -1,0 +1,91 @@
+"""Which of the libraries for GPUs can really be used: found out by importing them, once.
+
+That a package is there says little: FlashAttention 4 alone has no variable-length kernel under the name of version 2,
+and an extension that was built for another torch fails when it is loaded.
+"""
+
+import os
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+# The first Transformer Engine whose layers Megatron-core 0.16 and our attention can use.
+TRANSFORMER_ENGINE = (2, 2)
+
+
+@dataclass(frozen=True)
+class Library:
+    """A library as it is here.
+
+    Attributes:
+        name: for people, with its version if it is there.
+        problem: why it cannot be used, as the end of a sentence; None: it can.
+    """
+
+    name: str
+    problem: str | None = None
+
+
+def _named(name: str, package: str) -> str:
+    try:
+        return f"{name} {version(package)}"
+    except PackageNotFoundError:
+        return name
+
+
+def _failure(package: str, error: BaseException) -> str:
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] == package:
+        return "is not installed"
+    return f"cannot be imported ({' '.join(f'{type(error).__name__}: {error}'.split())[:200]})"
+
+
+@cache
+def transformer_engine() -> Library:
+    """Transformer Engine's layers, as Megatron-core would use them."""
+    name = _named("Transformer Engine", "transformer-engine")
+    try:
+        import transformer_engine.pytorch  # noqa: F401  (its import loads the extension)
+        from megatron.core.extensions.transformer_engine import HAVE_TE
+    # What a broken installation raises is anything: OSError, AssertionError, RuntimeError, ...
+    except Exception as error:
+        return Library(name, _failure("transformer_engine", error))
+    found = name.removeprefix("Transformer Engine").strip()
+    if found and _numbers(found) < TRANSFORMER_ENGINE:
+        return Library(name, f"is too old; {'.'.join(map(str, TRANSFORMER_ENGINE))} or later is needed")
+    return Library(name, None if HAVE_TE else "could not be imported by Megatron-core")
+
+
+@cache
+def flash_attention() -> Library:
+    """FlashAttention's kernel for sequences of different lengths, of the flash-attn package."""
+    name = _named("flash-attn", "flash-attn")
+    try:
+        from flash_attn import flash_attn_varlen_func  # noqa: F401
+    except Exception as error:
+        return Library(name, _failure("flash_attn", error))
+    return Library(name)
+
+
+@cache
+def torch_varlen_attention() -> Library:
+    """torch's own kernel for sequences of different lengths: before 2.13 it has no grouped-query attention."""
+    name = f"torch {torch.__version__}"
+    return Library(name, None if _numbers(torch.__version__) >= (2, 13) else "is too old; 2.13 is needed")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """(2, 13) of "2.13.0+cu130"."""
+    return tuple(int(part) for part in text.split("+")[0].split(".")[:2])
+
+
+def settings() -> list[str]:
+    """What of the environment decides how fast a GPU run is, as "NAME=value" or "NAME not set"."""
+    names = ("CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_CUDA_ALLOC_CONF", "NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN")
+    set_ = [f"{name}={os.environ[name]}" for name in names if name in os.environ]
+    return (
+        set_
+        if "CUDA_DEVICE_MAX_CONNECTIONS" in os.environ
+        else ["CUDA_DEVICE_MAX_CONNECTIONS not set", *set_]
+    )

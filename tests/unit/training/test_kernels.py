@@ -1,0 +1,68 @@
+"""The lines on kernels at a run's start: on a GPU, whatever is not there is named with what it costs."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mpo_megatron.errors import ConfigError
+from mpo_megatron.model.attention import choose_backend
+from mpo_megatron.model.provider import ModelOptions, uses_transformer_engine
+from mpo_megatron.runtime.parallel import ParallelLayout
+from mpo_megatron.training.kernels import kernels
+
+GPU = ParallelLayout(0, 8, 0, 2, 1, 1, 1, 4, 1, 0, 0, 0, 0, 0, torch.device("cuda:0"))
+
+
+def test_a_float32_run_on_a_gpu_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    first, second = kernels(ModelOptions(), GPU, num_heads=32, max_length=4096)
+    assert first == (
+        "kernels     Megatron-core's own layers (Transformer Engine's products of float32 numbers are in TF32, so it "
+        "needs trainer.precision=bf16); attention sdpa (its kernels take 16 bits alone, so it needs "
+        "trainer.precision=bf16), which may store scores: up to 1.1 GB for each layer and response of 4096 tokens"
+    )
+    assert second.strip().startswith("CUDA_DEVICE_MAX_CONNECTIONS not set")
+
+
+def test_what_is_used_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    options = ModelOptions(torch.bfloat16, transformer_engine=True, attention_backend="varlen")
+    first, second = kernels(options, GPU, 32, 4096)
+    assert first.startswith(
+        "kernels     layers of Transformer Engine, weight gradients fused; attention varlen, of torch 2."
+    )
+    assert second.strip().startswith("CUDA_DEVICE_MAX_CONNECTIONS=1")
+    options = replace(options, transformer_engine=False, attention_backend="te")
+    (first, _) = kernels(options, GPU, 32, 4096)
+    assert "own layers (Transformer Engine is not installed); attention of Transformer Engine" in first
+
+
+def test_a_cpu_run_has_no_choice() -> None:
+    assert kernels(ModelOptions(), replace(GPU, device=torch.device("cpu")), 32, 4096) == []
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "problem"),
+    [
+        ("cpu", torch.bfloat16, "Transformer Engine needs a GPU"),
+        ("cuda:0", torch.float32, "in TF32, so it needs trainer.precision=bf16"),
+        ("cuda:0", torch.bfloat16, "Transformer Engine is not installed"),
+    ],
+)
+def test_layers_that_cannot_run_are_refused_with_the_reason(
+    device: str, dtype: torch.dtype, problem: str
+) -> None:
+    with pytest.raises(
+        ConfigError, match=f"transformer_impl=transformer_engine: .*{problem}; mend that, or set"
+    ):
+        uses_transformer_engine("transformer_engine", torch.device(device), dtype)
+    assert not uses_transformer_engine("auto", torch.device(device), dtype)
+    assert not uses_transformer_engine("local", torch.device(device), dtype)
+
+
+def test_float32_on_a_gpu_has_sdpa() -> None:
+    gpu = torch.device("cuda:0")
+    assert choose_backend("auto", gpu, torch.float32) == "sdpa"
+    with pytest.raises(ConfigError, match="attention_backend=varlen: its kernels take 16 bits alone"):
+        choose_backend("varlen", gpu, torch.float32)
