@@ -132,6 +132,11 @@ class ModelConfig:
     sequence_parallel: bool | None = None  # None: with tensor parallelism
     transformer_impl: str = "auto"  # auto | transformer_engine | local
     attention_backend: str = "auto"  # auto | varlen | te | sdpa
+    # 8-bit products in Transformer Engine's layers: None | hybrid | e4m3; see model.fp8 for the recipes.
+    fp8: str | None = None
+    fp8_recipe: str = "tensorwise"  # delayed | tensorwise | blockwise | mxfp8
+    num_layers_at_start_in_bf16: int = 0  # of the model, with FP8 in the others
+    num_layers_at_end_in_bf16: int = 0
     activations_checkpoint_granularity: str | None = None  # None | selective | full
     activations_checkpoint_method: str | None = None  # uniform | block, for full
     activations_checkpoint_num_layers: int | None = None  # for full
@@ -296,6 +301,7 @@ def _check(config: Config) -> None:
     _one_of("trainer.precision", config.precision, ("bf16", "32"))
     _one_of("model.transformer_impl", model.transformer_impl, ("auto", "transformer_engine", "local"))
     _one_of("model.attention_backend", model.attention_backend, ("auto", "varlen", "te", "sdpa"))
+    _check_fp8(config)
     if model.export_dtype is not None:
         _one_of("model.export_dtype", model.export_dtype, ("bf16", "float32"))
     if mpo.reference is not None:
@@ -375,6 +381,32 @@ def _check(config: Config) -> None:
         raise ConfigError(
             f"model.data.max_length={data.max_length} leaves no room for a response after a prompt of "
             f"model.data.max_prompt_length={data.max_prompt_length} tokens; raise the first or lower the second"
+        )
+
+
+def _check_fp8(config: Config) -> None:
+    model = config.model
+    _one_of("model.fp8_recipe", model.fp8_recipe, ("delayed", "tensorwise", "blockwise", "mxfp8"))
+    kept = [
+        name for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16") if getattr(model, name)
+    ]
+    for name in kept:
+        _at_least(f"model.{name}", getattr(model, name), 0)
+    if model.fp8 is None:
+        if kept:
+            raise ConfigError(
+                f"model.{kept[0]} says which layers FP8 leaves alone, and model.fp8 is off; remove it"
+            )
+        return
+    _one_of("model.fp8", model.fp8, ("hybrid", "e4m3"))
+    if config.precision != "bf16":
+        raise ConfigError(
+            f"model.fp8={model.fp8} casts the operands of a bf16 model; set trainer.precision=bf16, or remove it"
+        )
+    if kept and model.fp8_recipe == "delayed":
+        raise ConfigError(
+            f"model.{kept[0]} goes with any recipe but delayed, whose scales are found for all layers together; "
+            "set model.fp8_recipe=tensorwise, or remove it"
         )
 
 

@@ -34,6 +34,7 @@ from torch import Tensor
 from mpo_megatron.errors import ConfigError
 from mpo_megatron.model.architecture import Architecture
 from mpo_megatron.model.attention import use_shared_prompts
+from mpo_megatron.model.fp8 import Fp8
 from mpo_megatron.model.head import ResponseHead
 from mpo_megatron.model.norm import RMSNorm
 from mpo_megatron.model.rotary import PositionRotaryEmbedding
@@ -55,6 +56,7 @@ class ModelOptions:
     transformer_engine: bool = False  # the layers come from Transformer Engine
     # Its products add weight gradients to the float32 sums of the step themselves.
     fuse_weight_gradients: bool = True
+    fp8: Fp8 | None = None  # of Transformer Engine's products; None: none
     attention_backend: str = "sdpa"  # te | varlen | sdpa
     make_vocab_size_divisible_by: int = 128
     head_chunk_size: int = 1024  # positions whose logits exist at a time
@@ -164,6 +166,7 @@ def transformer_config(
         context_parallel_size=layout.cp,
         sequence_parallel=options.sequence_parallel,
         **_expert_options(architecture, layout, options),
+        **_fp8_options(options.fp8),
         use_cpu_initialization=not on_gpu,
         perform_initialization=False,  # every weight is read from the checkpoint
         bias_activation_fusion=on_gpu,
@@ -179,6 +182,19 @@ def transformer_config(
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
     )
+
+
+def _fp8_options(fp8: Fp8 | None) -> dict[str, Any]:
+    """Of Megatron's configuration, what 8-bit products need."""
+    if fp8 is None:
+        return {}
+    return {
+        "fp8": fp8.format,
+        "fp8_recipe": fp8.recipe,
+        "first_last_layers_bf16": fp8.first_bf16 > 0 or fp8.last_bf16 > 0,
+        "num_layers_at_start_in_bf16": fp8.first_bf16,
+        "num_layers_at_end_in_bf16": fp8.last_bf16,
+    }
 
 
 def _expert_options(

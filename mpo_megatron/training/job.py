@@ -16,6 +16,7 @@ from mpo_megatron.conversion.hf_folder import is_checkpoint
 from mpo_megatron.conversion.load import load_hf_weights
 from mpo_megatron.conversion.restore import load_megatron_weights
 from mpo_megatron.errors import CheckpointError
+from mpo_megatron.model.fp8 import Fp8
 from mpo_megatron.model.provider import build_model, unwrap
 from mpo_megatron.runtime.parallel import raising_together
 from mpo_megatron.training.checkpoint import latest_checkpoint, load_checkpoint
@@ -122,6 +123,7 @@ def _introduce(setup: Setup, folder: Path) -> None:
         f"{architecture.num_layers} layers",
         f"runs on     {layout}, {device}, {config.precision if config.precision == 'bf16' else 'fp32'}, "
         f"{layers} layers, {setup.model_options.attention_backend} attention",
+        *_fp8_lines(setup.model_options.fp8),
         *kernels(setup.model_options, layout, architecture.num_heads, model.data.max_length),
         ", ".join([f"objective   {setup.entry.name}", *settings, f"learning rate {model.optim.lr:g}"]),
         f"training    {setup.train.dataset.report}",
@@ -138,6 +140,18 @@ def _introduce(setup: Setup, folder: Path) -> None:
     ]
     for line in lines:
         say(line)
+
+
+def _fp8_lines(fp8: Fp8 | None) -> list[str]:
+    if fp8 is None:
+        return []
+    lines = [f"fp8         {fp8}"]
+    if not fp8.repeats_itself:
+        lines.append(
+            "            margins at step 0 will not be exactly 0: delayed scales come from earlier passes, and the "
+            "reference pass has had others than the first step; model.fp8_recipe=tensorwise has no past"
+        )
+    return lines
 
 
 def start_masters(job: Job) -> None:

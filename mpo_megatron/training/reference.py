@@ -39,8 +39,9 @@ def reference_key(split: Split, steps: Sequence[Positions], setup: Setup) -> dic
     - `data`: the content of the tokenised groups, so whatever made another of it: files, tokenizer, template, lengths.
     - `plan`: what decides which groups share a row. More steps, another batch or token budget, another order of the
       training data make other rows, and with them other sums.
-    - `arithmetic`: what changes the rounding within a row: parallel layout, device and threads, precision, which layers
-      and which attention run, the pieces in which the head works and the vocabulary's padding, library versions.
+    - `arithmetic`: what changes the rounding within a row: parallel layout, device and threads, precision, which
+      layers, 8-bit recipe and attention run, the pieces in which the head works and the vocabulary's padding, library
+      versions.
 
     Left out is what changes none of these, such as the objective, the optimizer and the recomputation of activations:
     runs that differ in it share a cache.
@@ -53,9 +54,9 @@ def reference_key(split: Split, steps: Sequence[Positions], setup: Setup) -> dic
         "plan": [len(steps), model.global_batch_size, split.source.max_tokens, split.source.alignment,
                  model.pack.shared_prompt, setup.config.trainer.seed if split.name == "train" else None],
         "arithmetic": [layout.sizes, device, str(options.dtype), torch.get_num_threads(),
-                       options.sequence_parallel, options.transformer_engine, options.attention_backend,
-                       options.head_chunk_size, options.make_vocab_size_divisible_by,
-                       torch.__version__, version("megatron-core")],
+                       options.sequence_parallel, options.transformer_engine, str(options.fp8),
+                       options.attention_backend, options.head_chunk_size,
+                       options.make_vocab_size_divisible_by, torch.__version__, version("megatron-core")],
     }  # fmt: skip
 
 

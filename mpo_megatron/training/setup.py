@@ -1,6 +1,5 @@
 """Everything a run needs before its first step, made from the configuration in order: cheap checks first."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,7 +17,8 @@ from mpo_megatron.data import GroupDataset, Selection, TokenizeOptions, build_da
 from mpo_megatron.errors import ConfigError
 from mpo_megatron.model.architecture import Architecture, check_layout, read_architecture
 from mpo_megatron.model.attention import choose_backend
-from mpo_megatron.model.provider import ModelOptions, uses_transformer_engine
+from mpo_megatron.model.fp8 import Fp8, check_chip, check_fp8, row_alignment
+from mpo_megatron.model.provider import ModelOptions, no_transformer_engine, uses_transformer_engine
 from mpo_megatron.objectives.registry import Objective
 from mpo_megatron.runtime.device import choose_device
 from mpo_megatron.runtime.parallel import ParallelLayout, initialize, raising_together
@@ -82,6 +82,8 @@ def prepare(config: Config) -> Setup:
     selection = _selection(config, entry)
     device = choose_device(config.trainer.accelerator)
     options = model_options(config, device)
+    if options.fp8 is not None:
+        check_fp8(options.fp8, architecture, model.tensor_model_parallel_size)
     layout = initialize(
         device,
         tp=model.tensor_model_parallel_size,
@@ -103,12 +105,16 @@ def prepare(config: Config) -> Setup:
     )
     seed, batch = config.trainer.seed, model.global_batch_size
     train_steps = [step_groups(step, len(train_data), batch, seed) for step in range(total)]
+    train_rows = _rows(train_data, config, architecture, layout, entry, options.fp8)
+    if options.fp8 is not None and not options.fp8.repeats_itself:
+        _check_one_pass(options.fp8, train_rows, entry)
     validation = None
     if model.data.validation:
         path = model.data.validation
         data = _on_one_rank_per_node(lambda: _open(config, path, selection), layout)
         steps = list(in_order(len(data), batch))[: config.trainer.limit_val_batches]
-        validation = Split("validation", data, _rows(data, config, architecture, layout, entry), steps)
+        rows = _rows(data, config, architecture, layout, entry, options.fp8)
+        validation = Split("validation", data, rows, steps)
     return Setup(
         config=config,
         hf_folder=hf_folder,
@@ -118,7 +124,7 @@ def prepare(config: Config) -> Setup:
         objective=objectives.bind(entry, hyper_parameters, model.mpo.sft_weight),
         layout=layout,
         model_options=options,
-        train=Split("train", train_data, _rows(train_data, config, architecture, layout, entry), train_steps),
+        train=Split("train", train_data, train_rows, train_steps),
         validation=validation,
         steps_per_epoch=per_epoch,
     )
@@ -165,7 +171,19 @@ def model_options(config: Config, device: torch.device) -> ModelOptions:
         ConfigError: the layers or the attention backend that were asked for cannot run on this machine.
     """
     model, dtype = config.model, DTYPES[config.precision]
+    fp8 = None
+    if model.fp8 is not None:
+        first, last = model.num_layers_at_start_in_bf16, model.num_layers_at_end_in_bf16
+        fp8 = Fp8(model.fp8, model.fp8_recipe, first, last)
+        problem = "model.transformer_impl=local" if model.transformer_impl == "local" else None
+        problem = problem or no_transformer_engine(device, dtype)
+        if problem is not None:
+            raise ConfigError(
+                f"model.fp8={model.fp8} is of Transformer Engine's layers: {problem}; mend that, or remove model.fp8"
+            )
+        check_chip(fp8, torch.cuda.get_device_capability(device))
     return ModelOptions(
+        fp8=fp8,
         dtype=dtype,
         sequence_parallel=config.sequence_parallel,
         transformer_engine=uses_transformer_engine(model.transformer_impl, device, dtype),
@@ -259,10 +277,20 @@ def _on_one_rank_per_node(build: Callable[[], GroupDataset], layout: ParallelLay
     return data
 
 
-def _row_alignment(layout: ParallelLayout) -> int:
-    """Rows are cut into equal parts by sequence parallelism, and by context parallelism into two chunks a rank; kernels
-    like multiples of 8 on a CPU and of 64 on a GPU."""
-    return math.lcm(layout.tp, 64 if layout.device.type == "cuda" else 8) * layout.cp
+def _check_one_pass(fp8: Fp8, rows: RowSource, entry: objectives.Entry) -> None:
+    """Two passes over a row must give the same log-probs, or the weights of the second are of another loss."""
+    split = rows.count_split()
+    if split or entry.needs_global_batch:
+        reason = (
+            f"the objective {entry.name} sees the whole global batch at once"
+            if entry.needs_global_batch
+            else f"{split} groups are larger than a row"
+        )
+        raise ConfigError(
+            f"model.fp8_recipe={fp8.recipe} gives a row other numbers each time it runs, and {reason}, so rows run "
+            "twice; set model.fp8_recipe=tensorwise"
+            + ("" if entry.needs_global_batch else ", or raise model.max_tokens_per_micro_batch")
+        )
 
 
 def _rows(
@@ -271,11 +299,12 @@ def _rows(
     architecture: Architecture,
     layout: ParallelLayout,
     entry: objectives.Entry,
+    fp8: Fp8 | None,
 ) -> RowSource:
     return RowSource(
         data,
         max_tokens=config.model.max_tokens_per_micro_batch,
-        alignment=_row_alignment(layout),
+        alignment=row_alignment(fp8, layout.tp, layout.device) * layout.cp,
         shared_prompt=config.model.pack.shared_prompt,
         global_batch=entry.needs_global_batch,
         cost=architecture.cost_model,

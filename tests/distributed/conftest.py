@@ -28,7 +28,7 @@ def te_ranks() -> Iterator[Callable[[int], RankPool]]:
         )
     processes = RankProcesses(
         setup="tests.helpers.transformer_engine:set_up",
-        teardown="megatron.core.parallel_state:destroy_model_parallel",
+        teardown="tests.helpers.transformer_engine:tear_down",
     )
     yield lambda world_size: RankPool(world_size, processes)
     processes.close()

@@ -15,6 +15,7 @@ from mpo_megatron.conversion.load import global_parameter_names, load_hf_weights
 from mpo_megatron.conversion.restore import load_megatron_weights
 from mpo_megatron.data import GroupList
 from mpo_megatron.model.architecture import Architecture, read_architecture
+from mpo_megatron.model.fp8 import row_alignment
 from mpo_megatron.model.provider import ModelOptions, build_model, unwrap
 from mpo_megatron.objectives.registry import Objective
 from mpo_megatron.runtime.device import choose_device
@@ -89,7 +90,7 @@ def build(folder: Path, sizes: list[int], wanted: Layout, lr: float = 1e-3, seed
     source = RowSource(
         GroupList(make_groups(sizes, architecture.vocab_size, seed=seed)),
         max_tokens=wanted.max_tokens,
-        alignment=8 * layout.cp,
+        alignment=row_alignment(options.fp8, layout.tp, layout.device) * layout.cp,
         shared_prompt=wanted.shared_prompt,
         cost=architecture.cost_model,
         data_parallel=(layout.dp, layout.dp_rank),

@@ -87,6 +87,25 @@ def test_sequence_parallelism_comes_with_tensor_parallelism() -> None:
         ("model.sequence_parallel=true", "needs tensor_model_parallel_size > 1"),
         ("model.data.max_length=100", "leaves no room for a response"),
         ("model.data.train=???", "model.data.train has no value"),
+        (
+            ["model.fp8=hybrid", "trainer.precision=32"],
+            "model.fp8=hybrid casts the operands of a bf16 model; set trainer.precision=bf16",
+        ),
+        ("model.fp8=int8", "choose one of hybrid, e4m3"),
+        ("model.fp8_recipe=current", "choose one of delayed, tensorwise, blockwise, mxfp8"),
+        (
+            "model.num_layers_at_end_in_bf16=1",
+            "says which layers FP8 leaves alone, and model.fp8 is off; remove it",
+        ),
+        (
+            [
+                "model.fp8=e4m3",
+                "trainer.precision=bf16",
+                "model.fp8_recipe=delayed",
+                "model.num_layers_at_start_in_bf16=1",
+            ],
+            "goes with any recipe but delayed",
+        ),
         ("model.optim.master_weights=dithered", "choose one of auto, rounded"),
         (
             ["model.export_at_save=true", "trainer.save_at_end=false"],

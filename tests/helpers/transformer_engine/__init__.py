@@ -40,6 +40,15 @@ def set_up() -> None:
     answer_for_the_gpu()
 
 
+def tear_down() -> None:
+    """After each case: delayed scaling keeps amax histories, and the group that reduces them, for the whole process."""
+    from megatron.core import parallel_state
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+    FP8GlobalStateManager.reset()
+    parallel_state.destroy_model_parallel()
+
+
 def install() -> None:
     """Make `import transformer_engine.pytorch` work from the unpacked wheel.
 

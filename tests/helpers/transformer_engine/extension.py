@@ -35,6 +35,11 @@ _ANSWERS = {
 }
 # An enumeration is named with the module before it, or was imported from there.
 _MEMBER = re.compile(r"\b(?:tex\.([A-Z]\w+)|(NVTE_\w+|FP8FwdTensors|FP8BwdTensors))\.([A-Z]\w*)")
+# Of these the values mean something: a module's quantizers are in this order.
+_ORDERED = {
+    "FP8FwdTensors": [f"GEMM{i}_{part}" for i in (1, 2, 3) for part in ("INPUT", "WEIGHT", "OUTPUT")],
+    "FP8BwdTensors": [f"GRAD_{part}{i}" for i in (1, 2, 3) for part in ("OUTPUT", "INPUT")],
+}
 
 
 class _Class(type):
@@ -52,7 +57,7 @@ def make_extension(sources: Path) -> ModuleType:
     for name in sorted(set(re.findall(r"\btex\.([A-Za-z]\w+)", text)) | _imported(text)):
         value = _Class(name, (), {}) if name[0].isupper() else getattr(extension, name)
         setattr(extension, name, value)
-    for name, members in _enumerations(text).items():
+    for name, members in (_enumerations(text) | _ORDERED).items():
         setattr(extension, name, enum.IntEnum(name, {member: i for i, member in enumerate(members)}))
     for name, answer in _ANSWERS.items():
         setattr(extension, name, lambda *args, answer=answer: answer)
@@ -72,7 +77,7 @@ def _imported(text: str) -> set[str]:
 
 
 def _enumerations(text: str) -> dict[str, list[str]]:
-    """The members of each enumeration, in the order in which the sources name them; their values mean nothing here."""
+    """The members of each enumeration, in the order in which the sources name them; those values mean nothing."""
     found: dict[str, list[str]] = {}
     for qualified, imported, member in _MEMBER.findall(text):
         found.setdefault(qualified or imported, []).append(member)
