@@ -106,6 +106,8 @@ class DataConfig:
     keep_worst: int | None = None
     score_noise: float = 0.0  # standard deviation of Gaussian noise on the scores, in units of score
     score_noise_seed: int = 0
+    # Leave groups without a preferred response out; None: if they say nothing to the objective.
+    require_preferred: bool | None = None
     cache_dir: str = "~/.cache/mpo_megatron"  # tokenised data and reference log-probs
 
 

@@ -223,15 +223,24 @@ def check_export_path(config: Config) -> None:
 
 
 def _selection(config: Config, entry: objectives.Entry) -> Selection:
-    """Which responses are trained on, and which are preferred."""
+    """Which responses are trained on, and which are preferred.
+
+    Raises:
+        ConfigError: groups are to be kept that say nothing to the objective, or values do not go together.
+    """
     data = config.model.data
+    if data.require_preferred is False and entry.needs_partition:
+        raise ConfigError(
+            f"model.data.require_preferred=false: a group without a preferred response says nothing to the objective "
+            f"{entry.name}; remove it"
+        )
     return Selection(
         partition=config.model.mpo.partition,
         keep_best=data.keep_best,
         keep_worst=data.keep_worst,
         score_noise=data.score_noise,
         score_noise_seed=data.score_noise_seed,
-        needs_preferred=entry.needs_partition,
+        needs_preferred=entry.needs_partition if data.require_preferred is None else data.require_preferred,
     )
 
 

@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "conversion": {"config", "data", "scheduling", "model", "runtime"},
     "rollout": {"config", "data"},
     "training": {"config", "data", "scheduling", "runtime", "model", "objectives", "conversion", "rollout"},
+    "comparison": {"config", "objectives"},
     "benchmarks": {
         "config",
         "data",
@@ -50,6 +51,7 @@ DOES_WITHOUT = {
     "mpo_megatron/scheduling": {"megatron"},
     "mpo_megatron/objectives": {"megatron"},
     "mpo_megatron/rollout": {"megatron"},
+    "mpo_megatron/comparison": {"megatron", "nemo"},
 }
 # Not on every machine: imported only where they are used, inside functions.
 NEVER_AT_MODULE_LEVEL = {"transformer_engine", "apex", "flash_attn", "vllm", "wandb", "trl"}

@@ -1,0 +1,168 @@
+"""Comparison files: what the members' runs are given, and what is wrong in a sentence."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mpo_megatron.comparison.plan import ROOT, as_value, composed, plan_runs, read_comparison
+from mpo_megatron.errors import UserError
+from mpo_megatron.objectives import names
+
+EVERY = ROOT / "conf" / "compare" / "objectives.yaml"
+# Some folder that is there.
+MODEL = f"model.restore_from_path={ROOT}"
+DPO = {"objective": "dpo", "beta": 0.2}
+
+
+def write(folder: Path, members: Any, seeds: Any = (1,), **more: Any) -> Path:
+    content = {"seeds": list(seeds) if isinstance(seeds, tuple) else seeds, "members": members, **more}
+    path = folder / "comparison.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def overrides(path: Path, member: str, *more: str) -> tuple[str, ...]:
+    return plan_runs(read_comparison(path), [member], Path("out"), [MODEL, *more])[0].overrides
+
+
+def test_the_example_has_every_objective_and_the_job_takes_them() -> None:
+    runs = plan_runs(read_comparison(EVERY), None, Path("out"), [MODEL])
+    assert sorted(run.member for run in runs) == names()
+    for run in runs:
+        config = composed(run.overrides)
+        assert config.model.mpo.objective == run.member
+        assert (config.trainer.max_steps, config.trainer.seed, config.model.export_path) == (3, 1234, "")
+
+
+def test_all_members_at_the_first_seed_come_first(tmp_path: Path) -> None:
+    path = write(tmp_path, {"a": DPO, "b": DPO}, seeds=(5, 6))
+    runs = plan_runs(read_comparison(path), None, Path("out"), [MODEL])
+    assert [(run.member, run.seed) for run in runs] == [("a", 5), ("b", 5), ("a", 6), ("b", 6)]
+    assert runs[3].folder == Path("out/b/seed-6")
+    assert runs[3].overrides[-1] == "trainer.seed=6"
+    assert str(runs[3]) == "b, seed 6"
+    (only,) = plan_runs(
+        read_comparison(write(tmp_path, {"a": DPO, "b": DPO})), ["b", "b"], Path("out"), [MODEL]
+    )
+    assert only.member == "b"
+
+
+def test_a_mapping_gives_all_hyper_parameters_of_its_objective(tmp_path: Path) -> None:
+    """Those of the YAML's objective (beta, alpha) and of `common` are taken back; keys with sections go elsewhere."""
+    common = {"model": {"mpo": {"k": 3}, "data": {"max_length": 300}}, "trainer.max_steps": 7}
+    members = {
+        "sft": {"objective": "sft"},
+        "few": {
+            "objective": "simpo", "beta": 2, "gamma": 0.5,
+            "model.data.keep_best": 1, "model": {"data": {"keep_worst": 1}},
+        },
+        "noise": {"model.mpo.k": None, "model.data.score_noise": 1.5},
+    }  # fmt: skip
+    path = write(tmp_path, members, common=common)
+    assert overrides(path, "sft") == (
+        "model.data.require_preferred=true", "model.mpo.k=3", "model.data.max_length=300", "trainer.max_steps=7",
+        "model.mpo.beta=null", "model.mpo.alpha=null", "model.mpo.k=null", "model.mpo.objective=sft", MODEL,
+        "trainer.seed=1",
+    )  # fmt: skip
+    few = composed(overrides(path, "few")).model
+    given = {name: value for name, value in few.mpo.hyper_parameters.items() if value is not None}
+    assert given == {"beta": 2, "gamma": 0.5}
+    assert (few.data.keep_best, few.data.keep_worst, few.data.max_length) == (1, 1, 300)
+    noise = composed(overrides(path, "noise")).model
+    assert (noise.mpo.objective, noise.mpo.hyper_parameters["beta"], noise.data.score_noise) == (
+        "wmpo",
+        0.1,
+        1.5,
+    )
+
+
+def test_overrides_as_typed_and_those_of_the_command_come_last(tmp_path: Path) -> None:
+    path = write(
+        tmp_path, {"a": ["model.mpo.objective=mpo", "model.mpo.alpha=null", "name=x"]}, common=["name=y"]
+    )
+    config = composed(overrides(path, "a", "model.mpo.beta=0.7", "trainer.max_steps=9"))
+    assert (config.model.mpo.objective, config.model.mpo.hyper_parameters["beta"]) == ("mpo", 0.7)
+    assert (config.name, config.trainer.max_steps) == ("x", 9)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [1, 2.5, 1e-05, True, None, "", "bf16", "with space", 'a "b"', "a=b", "/tmp/x y/[1]", [0.9, 0.95], "32"],
+)
+def test_values_come_through_hydra(value: Any) -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parsed = OverridesParser.create().parse_override(f"name={as_value(value)}").value()
+    assert str(parsed) == str(value) if isinstance(value, str) else parsed == value
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("members: [", "cannot be read"),
+        ("a", "has the keys seeds, common and members, not a"),
+        ("3", "cannot be read"),
+        ("[1]", "has the keys seeds, common and members, not a list"),
+        ("seed: [1]\nmembers: {a: []}", "has the keys seeds, common and members, not seed, members"),
+        ("members: {a: []}", "seeds must be a list of whole numbers such as [1, 2, 3], not None"),
+        ("seeds: 3\nmembers: {a: []}", "seeds must be a list of whole numbers such as [1, 2, 3], not 3"),
+        ("seeds: [true]\nmembers: {a: []}", "seeds must be a list of whole numbers"),
+        ("seeds: [1, 1]\nmembers: {a: []}", "has one of them twice"),
+        ("seeds: [1]", "members must give a name and overrides"),
+        ("seeds: [1]\nmembers: {a: [], a: []}", "duplicate key"),
+        ("seeds: [1]\nmembers: {a: dpo}", "members.a must be a mapping such as"),
+        ("seeds: [1]\nmembers: {a: }", "members.a must be a mapping such as"),
+        ("seeds: [1]\nmembers: {a: [dpo]}", "members.a: dpo is no override; write key=value"),
+        ("seeds: [1]\nmembers: {a: [1]}", "members.a: 1 is no override; write key=value"),
+        ("seeds: [1]\nmembers: {../a: []}", "members: ../a names a folder"),
+        ("seeds: [1]\nmembers: {cache: []}", "members: cache names a folder"),
+        ("seeds: [1]\nmembers: {a: [trainer.seed=3]}", "trainer.seed is set by `seeds`"),
+        ("seeds: [1]\ncommon: {trainer: {seed: 3}}\nmembers: {a: []}", "trainer.seed is set by `seeds`"),
+        ("seeds: [1]\nmembers: {a: {model: {mpo: }, exp_manager: {explicit_log_dir: x}}}", "is set by --output"),
+        ("seeds: [1]\ncommon: {modl.name: 3}\nmembers: {a: []}", "unknown key modl; did you mean model?"),
+        ("seeds: [1]\ncommon: {trainer: {max_steps: 0}}\nmembers: {a: []}", "trainer.max_steps=0 must be 1 or more"),
+    ],
+)  # fmt: skip
+def test_a_wrong_file_is_one_sentence(content: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "comparison.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError, match="^" + str(path)) as raised:
+        read_comparison(path)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_no_file_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"absent\.yaml cannot be read: .*No such file"):
+        read_comparison(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    ("members", "more", "message"),
+    [
+        (["dop"], [], "--members: dop is no member of the comparison; did you mean dpo?"),
+        (["zzz"], [], "--members: zzz is no member of the comparison; there are dpo, bad"),
+        (None, [], "member bad: the objective mpo needs model.mpo.beta"),
+        (["dpo"], ["trainer.max_steps"], "the command: trainer.max_steps is no override; write key=value"),
+        (["dpo"], ["trainer.max_step=3"], "unknown key trainer.max_step; did you mean trainer.max_steps?"),
+        (["dpo"], ["model.mpo.gamma=3"], "member dpo: the objective dpo does not use model.mpo.gamma=3"),
+        (["dpo"], ["model.mpo.objective=dop"], "member dpo: model.mpo.objective=dop is not known"),
+        (["dpo"], ["model.mpo.beta=[0.1"], "cannot read the override"),
+        (
+            ["dpo"],
+            ["model.restore_from_path=/no"],
+            "member dpo: model.restore_from_path=/no is no folder; give a",
+        ),
+        (["dpo"], ["exp_manager.explicit_log_dir=x"], "explicit_log_dir is set by --output"),
+    ],
+)
+def test_what_the_job_would_not_take_is_said_before_the_first_run(
+    members: list[str] | None, more: list[str], message: str, tmp_path: Path
+) -> None:
+    comparison = read_comparison(write(tmp_path, {"dpo": DPO, "bad": {"objective": "mpo"}}))
+    with pytest.raises(UserError) as raised:
+        plan_runs(comparison, members, tmp_path, [MODEL, *more])
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
