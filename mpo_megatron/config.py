@@ -86,7 +86,7 @@ class OptimConfig:
     distributed: bool = True  # share the optimizer state among the data-parallel ranks
     # Where the float32 masters of bf16 weights begin: auto (at the starting model's own values, within their rounding;
     # see training.masters) | rounded (at the bf16 weights).
-    master_weights: str = "rounded"
+    master_weights: str = "auto"
     sched: SchedConfig = field(default_factory=SchedConfig)
 
 

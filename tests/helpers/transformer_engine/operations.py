@@ -23,6 +23,7 @@ __all__ = [
     "multi_tensor_adam",
     "multi_tensor_l2norm",
     "multi_tensor_scale",
+    "multi_tensor_scale_tensor",
     "rmsnorm_bwd",
     "rmsnorm_fwd",
 ]
@@ -167,6 +168,14 @@ def multi_tensor_l2norm(
 
 
 def multi_tensor_scale(chunk: int, overflow: Any, lists: Sequence[Sequence[Tensor]], scale: float) -> None:
+    for source, target in zip(*lists, strict=True):
+        target.copy_(source * scale)
+
+
+def multi_tensor_scale_tensor(
+    chunk: int, overflow: Any, lists: Sequence[Sequence[Tensor]], scale: Tensor
+) -> None:
+    """`multi_tensor_scale` with a factor that is on the device: what Megatron-core 0.19 clips with."""
     for source, target in zip(*lists, strict=True):
         target.copy_(source * scale)
 
