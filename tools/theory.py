@@ -30,6 +30,8 @@ from mpo_megatron.errors import UserError
 from mpo_megatron.objectives import GroupBatch
 from mpo_megatron.objectives.listwise import infonca
 from mpo_megatron.objectives.mpo import set_contrast
+from mpo_megatron.ragged.groups import GroupIndex
+from mpo_megatron.ragged.segments import Segments
 
 DATA = Path(__file__).parents[1] / "examples" / "data" / "train.jsonl"
 RESPONSES = (2, 4, 8, 16, 32, 64)
@@ -78,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _gradient(z: Tensor, preferred: Tensor) -> Tensor:
     """d loss / d z of one group, by autograd."""
     z = z.clone().requires_grad_()
-    set_contrast(z, preferred, torch.zeros(len(z), dtype=torch.long), 1).sum().backward()
+    set_contrast(z, preferred, Segments.of([0] * len(z), 1)).sum().backward()
     assert z.grad is not None
     return z.grad
 
@@ -92,9 +94,8 @@ def _infonca_gradient(z: Tensor, scores: Tensor) -> Tensor:
         lengths=torch.ones(len(z), dtype=torch.long),
         scores=scores,
         preferred=scores > scores.mean(),
-        group_index=torch.zeros(len(z), dtype=torch.long),
         response_ids=torch.arange(len(z)),
-        num_groups=1,
+        index=GroupIndex.of([len(z)]),
     )
     infonca(batch, beta=1.0, alpha=1.0).losses.sum().backward()
     assert z.grad is not None
@@ -150,7 +151,7 @@ def stationary_check(steps: int = 20_000, rate: float = 1.0) -> Check:
     for _ in range(steps):
         z -= rate * _gradient(z, preferred)
     mass = float(z.softmax(0)[~preferred].sum())
-    loss = float(set_contrast(z, preferred, torch.zeros(6, dtype=torch.long), 1))
+    loss = float(set_contrast(z, preferred, Segments.of([0] * 6, 1)))
     return Check(
         f"Lemma 10: dispreferred mass and loss vanish ({steps:,} steps of gradient descent)",
         f"mass {mass:.1e}, loss {loss:.1e}",

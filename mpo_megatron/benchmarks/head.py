@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> Report:
         figures=figures,
         settings={"chunk_size": arguments.chunk_size, "threads": arguments.threads, "precision": "fp32"},
         notes=[
-            "kept: all that autograd saves but the weight and the hidden states it is given; allowed: N x H x 4 + 16 N",
+            "kept: all that autograd saves but the weight, states and row it is given; allowed: N x H x 4 + 16 N",
             "peak: forward + backward, beyond inputs and the gradients that are returned; figures: of the last case",
         ],
     )
@@ -109,7 +109,7 @@ def _measure(case: Case, chunk_size: int, repeats: int) -> dict[str, float]:
     sides = {"ours": lambda: both_passes(ours), "eager": lambda: both_passes(eager)}
     seconds = compare(sides, repeats=repeats)
     ratio = statistics.median(seconds["ours"]) / statistics.median(seconds["eager"])
-    leave_out = (weight, hidden)
+    leave_out = (weight, hidden, row.tokens)
     return {
         "kept_bytes": saved_bytes(ours, leave_out),
         "allowed_bytes": 4 * case.n * case.h + 16 * case.n,
@@ -144,6 +144,6 @@ def _row(case: Case) -> PackedRow:
 
 def _eager(hidden: Tensor, weight: Tensor, row: PackedRow) -> Tensor:
     """[R] the same sums the usual way: logits of all response positions, log-softmax in float32."""
-    logits = hidden[row.predict_from.long(), 0] @ weight.t()
+    logits = hidden[row.reads.places.long(), 0] @ weight.t()
     logps = logits.float().log_softmax(-1).gather(1, row.targets.long()[:, None]).squeeze(1)
-    return logps.new_zeros(row.num_responses).index_add(0, row.target_response, logps)
+    return logps.new_zeros(row.num_responses).index_add(0, row.by_response.segment, logps)

@@ -20,6 +20,7 @@ from mpo_megatron.errors import UserError
 from mpo_megatron.model.provider import unwrap
 from mpo_megatron.objectives import GroupBatch
 from mpo_megatron.objectives.metrics import METRICS, group_metrics
+from mpo_megatron.ragged.groups import GroupIndex
 from mpo_megatron.training.job import Job, build_job, start_masters
 from mpo_megatron.training.setup import prepare
 from mpo_megatron.training.step import response_logps
@@ -112,9 +113,8 @@ def _held_out(job: Job) -> dict[str, float]:
         lengths=torch.tensor([len(response) for group in groups for response in group.response_ids]),
         scores=torch.tensor(np.concatenate([group.scores for group in groups]), dtype=logps.dtype),
         preferred=torch.tensor(np.concatenate([group.preferred for group in groups])),
-        group_index=torch.repeat_interleave(torch.tensor(responses)),
         response_ids=ids,
-        num_groups=len(groups),
+        index=GroupIndex.of(responses),
     )
     means = group_metrics(batch, job.setup.objective(batch)).mean(1).tolist()
     distance = float(batch.log_ratios.square().mean().sqrt())

@@ -18,6 +18,8 @@ from mpo_megatron.data import TokenizedGroup
 from mpo_megatron.errors import ConfigError
 from mpo_megatron.model.architecture import read_architecture
 from mpo_megatron.model.provider import ModelOptions, build_model, unwrap
+from mpo_megatron.ragged.segments import Segments
+from mpo_megatron.ragged.transfer import to_device
 from mpo_megatron.runtime.parallel import ParallelLayout
 from mpo_megatron.scheduling.pack import PackedRow, pack_row
 
@@ -129,5 +131,5 @@ def _each_token(tokens: np.ndarray, device: torch.device) -> PackedRow:
     group = TokenizedGroup("text", tokens[:1], [tokens[1:]], np.zeros(1), np.ones(1, dtype=bool))
     length = -(-len(tokens) // 8) * 8
     row = pack_row([group], [[0]], row_tokens=length, shared_prompt=True, device=device)
-    count = torch.arange(len(tokens) - 1, device=device)
-    return replace(row, response_ids=count, target_response=count.int())
+    each = np.arange(len(tokens) - 1)
+    return replace(row, by_response=to_device(Segments.of(each, len(each)), device))

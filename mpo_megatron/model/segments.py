@@ -1,4 +1,4 @@
-"""A row's attention as a list of variable-length problems, computed once per row and used by every layer.
+"""A row's attention as a list of variable-length problems, made with the row and used by every layer.
 
 One primitive serves all backends: the queries of a segment look at the segment's keys, causally, aligned bottom-right
 (see `scheduling.layout`). The segments of the tokens that a rank holds follow each other without gaps, so the
@@ -11,7 +11,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from mpo_megatron.scheduling.layout import Segment, Span, cut_segments
+from mpo_megatron.scheduling.layout import Segment, Span
 from mpo_megatron.scheduling.pack import PackedRow
 
 
@@ -25,10 +25,10 @@ class RowParams(PackedSeqParams):
         super().__init__(qkv_format="sbhd")
         self.row = row
 
-    @cached_property
+    @property
     def segments(self) -> tuple[Segment, ...]:
         """The segments of the tokens that this rank holds."""
-        return cut_segments(self.row.blocks, self.row.held)
+        return self.row.segments
 
     @cached_property
     def pieces(self) -> tuple[Span, ...]:
@@ -49,21 +49,13 @@ class RowParams(PackedSeqParams):
     @cached_property
     def key_index(self) -> Tensor:
         """[sum of keys] where in the row the keys of all segments lie, segment after segment."""
-        device = self.row.tokens.device
-        parts = [torch.arange(span.start, span.stop, device=device) for s in self.segments for span in s.keys]
-        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64, device=device)
+        # An index of keys and values has to be int64; in the row it would take more room than the tokens.
+        return self.row.attention.keys.long()
 
-    @cached_property
+    @property
     def cu_seqlens(self) -> tuple[Tensor, Tensor]:
-        """([S + 1], [S + 1]) int32 cumulative lengths of the segments' queries and keys."""
-        device = self.row.tokens.device
-
-        def cumulative(lengths: list[int]) -> Tensor:
-            return torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
-
-        return cumulative([s.queries.length for s in self.segments]), cumulative(
-            [s.num_keys for s in self.segments]
-        )
+        """([A + 1], [A + 1]) int32 cumulative lengths of the segments' queries and keys."""
+        return self.row.attention.cu_queries, self.row.attention.cu_keys
 
     @cached_property
     def longest(self) -> tuple[int, int]:

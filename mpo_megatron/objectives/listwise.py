@@ -7,24 +7,22 @@ Shapes: R responses, G groups, P pairs of responses of one group.
 
 from typing import Annotated, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mpo_megatron.objectives.hyper import Positive, Range
-from mpo_megatron.objectives.ragged import (
+from mpo_megatron.objectives.registry import GroupBatch, ObjectiveResult, register
+from mpo_megatron.ragged.groups import GroupIndex
+from mpo_megatron.ragged.segments import (
     above_mean,
-    first_highest,
-    group_pairs,
-    group_starts,
     segment_any,
     segment_log_softmax,
     segment_logsumexp,
+    segment_max,
     segment_mean,
-    segment_size,
     segment_sum,
+    spread,
 )
-from mpo_megatron.objectives.registry import GroupBatch, ObjectiveResult, register
 
 
 @register(
@@ -40,8 +38,7 @@ def plackett_luce(batch: GroupBatch, *, beta: Positive) -> ObjectiveResult:
     whose authors used beta 0.01.
     """
     rewards = beta * batch.log_ratios
-    losses = ordered_contrast(rewards, ranks(batch), batch.group_index, batch.num_groups)
-    return ObjectiveResult(losses, rewards.detach())
+    return ObjectiveResult(ordered_contrast(rewards, ranks(batch), batch.index), rewards.detach())
 
 
 @register(
@@ -59,55 +56,61 @@ def ordered_bins(batch: GroupBatch, *, beta: Positive, k: Annotated[int, Range(2
     many bins as responses; equal scores that the partition leaves together stay together.
     """
     rewards = beta * batch.log_ratios
-    losses = ordered_contrast(rewards, cut_bins(batch, k), batch.group_index, batch.num_groups)
-    return ObjectiveResult(losses, rewards.detach())
+    return ObjectiveResult(ordered_contrast(rewards, cut_bins(batch, k), batch.index), rewards.detach())
 
 
-def ordered_contrast(z: Tensor, bins: Tensor, group_index: Tensor, num_groups: int) -> Tensor:
+def ordered_contrast(z: Tensor, bins: Tensor, index: GroupIndex) -> Tensor:
     """[G] sum over a group's bins of logsumexp(this bin and all lower ones) - logsumexp(this bin).
 
     Args:
         z: [R] logits.
-        bins: [R] int64 in [0, n), the bin of each response; 0 is the highest.
-        group_index: [R] group of each response.
+        bins: [R] the bin of each response; 0 is the highest.
+        index: of the responses.
     """
-    # A group has as many slots as responses, and bin b has slot b: R slots in all, some of them without a member.
-    starts, num_slots = group_starts(group_index, num_groups)[group_index], len(z)
-    slot = starts + bins
-    # Of each slot, the responses of its group that lie in its bin or in a lower one.
-    of_slot, response = group_pairs(group_index, num_groups)
-    lower = bins[response] >= of_slot - starts[of_slot]
-    bin_and_lower = segment_logsumexp(z[response[lower]], of_slot[lower], num_slots)
-    own = segment_logsumexp(z, slot, num_slots)
-    used = segment_size(slot, num_slots) > 0
-    return segment_sum((bin_and_lower[used] - own[used]), group_index[used], num_groups)
+    own, other = index.both(bins)
+    of_other = spread(z, index.second)
+    bin_and_lower = segment_logsumexp(of_other, index.first, other >= own)
+    same = other == own
+    one_bin = segment_logsumexp(of_other, index.first, same)
+    # All members of a bin have its term; that of the first counts.
+    counts = ~segment_any(same & (index.second.segment < index.first.segment), index.first)
+    return segment_sum(bin_and_lower - one_bin, index.groups, counts)
 
 
 def ranks(batch: GroupBatch) -> Tensor:
-    """[R] int64 rank of each score in its group from 0, the highest; equal scores in the order of the data."""
-    scores = batch.scores
-    first, second = group_pairs(batch.group_index, batch.num_groups)
-    ahead = (scores[second] > scores[first]) | ((scores[second] == scores[first]) & (second < first))
-    return segment_sum(ahead.long(), first, len(scores))
+    """[R] rank of each score in its group from 0, the highest; equal scores in the order of the data."""
+    index = batch.index
+    own, other = index.both(batch.scores)
+    ahead = (other > own) | ((other == own) & (index.second.segment < index.first.segment))
+    return segment_sum(ahead.to(own.dtype), index.first)
 
 
 def cut_bins(batch: GroupBatch, k: int) -> Tensor:
-    """[R] int64 bin of each response, 0 the highest, of at most k bins; see `ordered_bins`."""
-    scores, group, num_groups = batch.scores, batch.group_index, batch.num_groups
-    starts, num_slots = group_starts(group, num_groups)[group], len(scores)
-    bins = (~batch.preferred & segment_any(batch.preferred, group, num_groups)[group]).long()
+    """[R] bin of each response, 0 the highest, of at most k bins; see `ordered_bins`."""
+    scores, groups, index = batch.scores, batch.groups, batch.index
+    cut = spread(segment_any(batch.preferred, groups), groups)
+    bins = (~batch.preferred & cut).to(scores.dtype)
     for _ in range(k - 2):
-        slot = starts + bins
-        above = above_mean(scores, slot, num_slots)
-        deviation = scores - segment_mean(scores, slot, num_slots)[slot]
-        spread = segment_sum(deviation.square(), slot, num_slots)
-        spread = torch.where(segment_any(above, slot, num_slots), spread, -1.0)
-        widest = first_highest(spread, group, num_groups)  # [G] slot
-        divides = (spread[widest] >= 0)[group]
-        widest_bin = (widest - starts[widest])[group]
-        moves = (bins > widest_bin) | ((bins == widest_bin) & ~above)
-        bins = bins + (divides & moves)
+        own, other = index.both(bins)
+        same = own == other
+        above = _above_mean_of_bin(scores, index, same)
+        deviation = scores - segment_mean(spread(scores, index.second), index.first, same)
+        spreads = segment_sum(spread(deviation.square(), index.second), index.first, same)
+        divisible = segment_any(spread(above, index.second) & same, index.first)
+        spreads = spreads.masked_fill(~divisible, -1)
+        largest = spread(segment_max(spreads, groups), groups)
+        # The first of several.
+        widest = -spread(segment_max(-bins, groups, spreads == largest), groups)
+        moves = (bins > widest) | ((bins == widest) & ~above)
+        bins = bins + ((largest >= 0) & moves)
     return bins
+
+
+def _above_mean_of_bin(scores: Tensor, index: GroupIndex, same: Tensor) -> Tensor:
+    """[R] bool `above_mean` of each response among those of its bin; `same` [P] bool, both responses are in one bin."""
+    itself = index.first.segment == index.second.segment
+    above = above_mean(spread(scores, index.second), index.first, same)
+    return segment_any(above & itself, index.first)
 
 
 @register(
@@ -124,9 +127,9 @@ def infonca(batch: GroupBatch, *, beta: Positive, alpha: Positive) -> ObjectiveR
     Explicit Rewards; MPO paper Eq. 3. Its authors used beta 0.01 on UltraFeedback.
     """
     rewards = beta * batch.log_ratios
-    group, num_groups = batch.group_index, batch.num_groups
-    target = segment_log_softmax(batch.scores / alpha, group, num_groups).exp()
-    losses = -segment_sum(target * segment_log_softmax(rewards, group, num_groups), group, num_groups)
+    groups = batch.groups
+    target = segment_log_softmax(batch.scores / alpha, groups).exp()
+    losses = -segment_sum(target * segment_log_softmax(rewards, groups), groups)
     return ObjectiveResult(losses, rewards.detach())
 
 
@@ -144,10 +147,10 @@ def nca(batch: GroupBatch, *, beta: Positive, alpha: Positive) -> ObjectiveResul
     At n = 2 with p one-hot it is the pairwise NCA.
     """
     rewards = beta * batch.log_ratios
-    group, num_groups = batch.group_index, batch.num_groups
-    target = segment_log_softmax(batch.scores / alpha, group, num_groups).exp()
-    drawn = segment_sum(target * F.logsigmoid(rewards), group, num_groups)
-    noise = segment_mean(F.logsigmoid(-rewards), group, num_groups)
+    groups = batch.groups
+    target = segment_log_softmax(batch.scores / alpha, groups).exp()
+    drawn = segment_sum(target * F.logsigmoid(rewards), groups)
+    noise = segment_mean(F.logsigmoid(-rewards), groups)
     return ObjectiveResult(-drawn - noise, rewards.detach())
 
 
@@ -175,18 +178,18 @@ def rpo(
     score). Source: Sun et al. 2025, Reward-aware Preference Optimization.
     """
     rewards = beta * batch.log_ratios
-    group, num_groups = batch.group_index, batch.num_groups
+    groups = batch.groups
     wanted = eta * batch.scores
     if distance == "squared":
         # The mean over pairs of squared differences is twice the sample variance.
         gap = rewards - wanted
-        centred = gap - segment_mean(gap, group, num_groups)[group]
-        pairs = (segment_size(group, num_groups) - 1).clamp(min=1)
-        return ObjectiveResult(2 * segment_sum(centred.square(), group, num_groups) / pairs, rewards.detach())
-    log_p = segment_log_softmax(wanted, group, num_groups)
-    log_q = segment_log_softmax(rewards, group, num_groups)
+        centred = gap - spread(segment_mean(gap, groups), groups)
+        pairs = (groups.sizes - 1).clamp(min=1)
+        return ObjectiveResult(2 * segment_sum(centred.square(), groups) / pairs, rewards.detach())
+    log_p = segment_log_softmax(wanted, groups)
+    log_q = segment_log_softmax(rewards, groups)
     if distance == "bwd_kl":
         terms = log_p.exp() * (log_p - log_q)
     else:
         terms = log_q.exp() * (log_q - log_p)
-    return ObjectiveResult(segment_sum(terms, group, num_groups), rewards.detach())
+    return ObjectiveResult(segment_sum(terms, groups), rewards.detach())

@@ -6,8 +6,9 @@ Shapes: R responses, G groups.
 import torch
 from torch import Tensor
 
-from mpo_megatron.objectives.ragged import group_pairs, segment_any, segment_mean
+from mpo_megatron.objectives.pairwise import cross_pairs
 from mpo_megatron.objectives.registry import GroupBatch, ObjectiveResult
+from mpo_megatron.ragged.segments import segment_any, segment_mean
 
 METRICS = ("loss", "reward_margin", "accuracy", "preferred_reward", "dispreferred_reward")
 
@@ -21,20 +22,19 @@ def group_metrics(batch: GroupBatch, result: ObjectiveResult) -> Tensor:
 
     A group with no preferred response, or with no other, has nothing to compare: margin 0, accuracy one half, and its
     mean reward as that of both sets.
+
+    A tie is an exact one, without a tolerance. Responses of equal log-probs have equal rewards to the last bit, since
+    sums over tokens are added up in the tokens' order on every device (`mpo_megatron.ragged.segments`). So policy and
+    reference are equal at step 0 where the model's own kernels give the same numbers twice for the same row: those of a
+    CPU and, on a GPU, forward passes of matrix products and attention do; the atomic additions that some backward
+    passes use, FlashAttention's by default, make gradients differ from run to run, not log-probs at the same weights.
     """
-    rewards, preferred, group, num_groups = (
-        result.rewards,
-        batch.preferred,
-        batch.group_index,
-        batch.num_groups,
-    )
-    comparable = segment_any(preferred, group, num_groups) & segment_any(~preferred, group, num_groups)
-    everyone = segment_mean(rewards, group, num_groups)
-    above = segment_mean(rewards[preferred], group[preferred], num_groups).where(comparable, everyone)
-    below = segment_mean(rewards[~preferred], group[~preferred], num_groups).where(comparable, everyone)
-    first, second = group_pairs(group, num_groups)
-    crossed = preferred[first] & ~preferred[second]
-    first, second = first[crossed], second[crossed]
-    ordered = 0.5 * (1 + torch.sign(rewards[first] - rewards[second]))
-    accuracy = segment_mean(ordered, group[first], num_groups).where(comparable, 0.5)
+    rewards, preferred, groups = result.rewards, batch.preferred, batch.groups
+    comparable = segment_any(preferred, groups) & segment_any(~preferred, groups)
+    everyone = segment_mean(rewards, groups)
+    above = segment_mean(rewards, groups, preferred).where(comparable, everyone)
+    below = segment_mean(rewards, groups, ~preferred).where(comparable, everyone)
+    first, second = batch.index.both(rewards)
+    ordered = 0.5 * (1 + torch.sign(first - second))
+    accuracy = segment_mean(ordered, batch.index.pairs, cross_pairs(batch)).masked_fill(~comparable, 0.5)
     return torch.stack((result.losses.detach(), above - below, accuracy, above, below))

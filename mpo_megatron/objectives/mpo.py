@@ -19,38 +19,46 @@ Shapes: R responses, G groups; `mpo_loss` takes [G, n] tensors.
 
 from typing import Literal, cast, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mpo_megatron.objectives.hyper import NotNegative, Positive
-from mpo_megatron.objectives.ragged import (
+from mpo_megatron.objectives.registry import GroupBatch, ObjectiveResult, register
+from mpo_megatron.ragged.segments import (
+    Segments,
     above_mean,
     first_highest,
     segment_any,
     segment_logsumexp,
     segment_mean,
+    spread,
 )
-from mpo_megatron.objectives.registry import GroupBatch, ObjectiveResult, register
+from mpo_megatron.ragged.transfer import to_device
 
 Weighting = Literal["absolute", "signed"]
 
 
-def set_contrast(z: Tensor, preferred: Tensor, group_index: Tensor, num_groups: int) -> Tensor:
+def set_contrast(z: Tensor, preferred: Tensor, groups: Segments) -> Tensor:
     """[G] logsumexp over the group minus logsumexp over its preferred set (paper Eq. 5).
 
     Args:
         z: [R] logits.
         preferred: [R] bool; every group has at least one, otherwise its loss is +inf.
-        group_index: [R] group of each response.
+        groups: the responses in G groups.
     """
-    everyone = segment_logsumexp(z, group_index, num_groups)
-    chosen = segment_logsumexp(z[preferred], group_index[preferred], num_groups)
-    return everyone - chosen
+    return segment_logsumexp(z, groups) - segment_logsumexp(z, groups, preferred)
 
 
-def score_deviation(scores: Tensor, group_index: Tensor, num_groups: int, weighting: Weighting) -> Tensor:
-    """[R] deviation of each score from its group's mean: absolute (paper Eq. 6) or signed (Eq. 14)."""
-    deviation = scores - segment_mean(scores, group_index, num_groups)[group_index]
+def score_deviation(
+    scores: Tensor, groups: Segments, weighting: Weighting, present: Tensor | None = None
+) -> Tensor:
+    """[R] deviation of each score from its group's mean: absolute (paper Eq. 6) or signed (Eq. 14).
+
+    Args:
+        present: [R] bool, the responses whose mean it is; None: all.
+    """
+    deviation = scores - spread(segment_mean(scores, groups, present), groups)
     return deviation.abs() if weighting == "absolute" else deviation
 
 
@@ -63,8 +71,7 @@ def score_deviation(scores: Tensor, group_index: Tensor, num_groups: int, weight
 def mpo(batch: GroupBatch, *, beta: Positive) -> ObjectiveResult:
     """MPO (paper Eq. 5): the set contrast of z = beta r; at n = 2 it is DPO. Its authors used beta 0.01."""
     rewards = beta * batch.log_ratios
-    losses = set_contrast(rewards, batch.preferred, batch.group_index, batch.num_groups)
-    return ObjectiveResult(losses, rewards.detach())
+    return ObjectiveResult(set_contrast(rewards, batch.preferred, batch.groups), rewards.detach())
 
 
 @register(
@@ -82,9 +89,8 @@ def wmpo(
     scores of different scales, with beta from 0.01 to 0.05.
     """
     rewards = beta * batch.log_ratios
-    deviation = score_deviation(batch.scores, batch.group_index, batch.num_groups, weighting)
-    losses = set_contrast(rewards + alpha * deviation, batch.preferred, batch.group_index, batch.num_groups)
-    return ObjectiveResult(losses, rewards.detach())
+    z = rewards + alpha * score_deviation(batch.scores, batch.groups, weighting)
+    return ObjectiveResult(set_contrast(z, batch.preferred, batch.groups), rewards.detach())
 
 
 @register(
@@ -102,8 +108,7 @@ def mpo_reference_free(batch: GroupBatch, *, beta: Positive, gamma: NotNegative)
     """
     rewards = beta * batch.mean_logps
     z = torch.where(batch.preferred, rewards - gamma, rewards)
-    losses = set_contrast(z, batch.preferred, batch.group_index, batch.num_groups)
-    return ObjectiveResult(losses, rewards.detach())
+    return ObjectiveResult(set_contrast(z, batch.preferred, batch.groups), rewards.detach())
 
 
 @register(
@@ -119,10 +124,8 @@ def softmax_dpo(batch: GroupBatch, *, beta: Positive) -> ObjectiveResult:
     Direct Preference Optimization for Recommendation, with beta 1.
     """
     rewards = beta * batch.log_ratios
-    best = torch.zeros_like(batch.preferred)
-    best[first_highest(batch.scores, batch.group_index, batch.num_groups)] = True
-    losses = set_contrast(rewards, best, batch.group_index, batch.num_groups)
-    return ObjectiveResult(losses, rewards.detach())
+    best = first_highest(batch.scores, batch.groups)
+    return ObjectiveResult(set_contrast(rewards, best, batch.groups), rewards.detach())
 
 
 def mpo_loss(
@@ -181,28 +184,22 @@ def mpo_loss(
     if not beta > 0:
         raise ValueError(f"beta={beta} must be positive")
 
-    num_groups = scores.size(0)
+    num_groups, size = scores.shape
     present = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask.bool()
-    group_index = torch.arange(num_groups, device=scores.device)[:, None].expand_as(scores)[present]
+    absent = ~present.flatten()
+    groups = to_device(Segments.of(np.repeat(np.arange(num_groups), size), num_groups), scores.device)
     dtype = torch.promote_types(policy_logps.dtype, torch.float32)
-    flat_scores = scores[present].to(dtype)
-    preferred = above_mean(flat_scores, group_index, num_groups)
-    batch = GroupBatch(
-        policy_logps=policy_logps[present].to(dtype),
-        reference_logps=reference_logps[present].to(dtype).detach(),
-        lengths=torch.ones_like(flat_scores),
-        scores=flat_scores,
-        preferred=preferred,
-        group_index=group_index,
-        response_ids=torch.arange(len(flat_scores), device=scores.device),
-        num_groups=num_groups,
+    # What stands where there is no response, may be anything.
+    policy, reference, flat_scores = (
+        values.flatten().to(dtype).masked_fill(absent, 0)
+        for values in (policy_logps, reference_logps.detach(), scores)
     )
-    if weighting == "none":
-        losses = mpo(batch, beta=beta).losses
-    else:
-        losses = wmpo(batch, beta=beta, alpha=alpha, weighting=cast(Weighting, weighting)).losses
-    counts = segment_any(preferred, group_index, num_groups)
-    losses = torch.where(counts, losses, torch.zeros_like(losses))
+    preferred = above_mean(flat_scores, groups, ~absent) & ~absent
+    z = beta * (policy - reference)
+    if weighting != "none":
+        z = z + alpha * score_deviation(flat_scores, groups, cast(Weighting, weighting), ~absent)
+    counts = segment_any(preferred, groups)
+    losses = set_contrast(z.masked_fill(absent, -torch.inf), preferred, groups).masked_fill(~counts, 0)
     if reduction == "none":
         return losses
     return losses.sum() / counts.sum().clamp(min=1) if reduction == "mean" else losses.sum()

@@ -1,6 +1,7 @@
 r"""Objectives of pairs (w, l) of a group's responses, w scored above l: the mean over the pairs that are taken.
 
-Which pairs, is one setting of the whole family (`PAIRS`):
+Which pairs, is one setting of the whole family (`PAIRS`). The loss is computed of all ordered pairs of a group, and a
+mask says which of them are taken, so that their number is known without a look at the scores:
 
     best_worst    the best against the worst response
     best_random   the best against one of those scored below it, drawn by a hash of the responses' numbers: the same
@@ -14,7 +15,7 @@ r_i = log pi(y_i | x) - log pi_ref(y_i | x), |y_i| a response's tokens. Label sm
 pairs to be in the wrong order: -(1 - epsilon) log sigma(m) - epsilon log sigma(-m) for a margin m (Mitchell 2023, A
 note on DPO with noisy preferences).
 
-Shapes: R responses, G groups, P pairs.
+Shapes: R responses, G groups, P all ordered pairs of responses of one group (`GroupBatch.index`).
 """
 
 from collections.abc import Callable
@@ -25,44 +26,41 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mpo_megatron.objectives.hyper import LabelSmoothing, NotNegative, Positive
-from mpo_megatron.objectives.ragged import first_highest, group_pairs, segment_any, segment_mean
 from mpo_megatron.objectives.registry import GroupBatch, ObjectiveResult, register
 from mpo_megatron.objectives.splitmix import shift_right, splitmix64
+from mpo_megatron.ragged.segments import first_highest, segment_max, segment_mean, spread
 
 Pairs = Literal["best_worst", "best_random", "all", "cross"]
 DPO = "Rafailov et al. 2023, arXiv 2305.18290"
 
 
-def best_worst(batch: GroupBatch) -> tuple[Tensor, Tensor]:
-    best = first_highest(batch.scores, batch.group_index, batch.num_groups)
-    worst = first_highest(-batch.scores, batch.group_index, batch.num_groups)
-    differ = batch.scores[best] > batch.scores[worst]
-    return best[differ], worst[differ]
+def best_worst(batch: GroupBatch) -> Tensor:
+    best, _ = batch.index.both(first_highest(batch.scores, batch.groups))
+    _, worst = batch.index.both(first_highest(-batch.scores, batch.groups))
+    return best & worst & all_pairs(batch)
 
 
-def best_random(batch: GroupBatch) -> tuple[Tensor, Tensor]:
-    group, num_groups = batch.group_index, batch.num_groups
-    best = first_highest(batch.scores, group, num_groups)
-    below = batch.scores < batch.scores[best][group]
-    drawn = first_highest(torch.where(below, hashed(batch.response_ids), -1), group, num_groups)
-    found = segment_any(below, group, num_groups)
-    return best[found], drawn[found]
+def best_random(batch: GroupBatch) -> Tensor:
+    best, _ = batch.index.both(first_highest(batch.scores, batch.groups))
+    below = batch.scores < spread(segment_max(batch.scores, batch.groups), batch.groups)
+    _, drawn = batch.index.both(
+        first_highest(hashed(batch.response_ids).masked_fill(~below, -1), batch.groups)
+    )
+    return best & drawn & all_pairs(batch)
 
 
-def all_pairs(batch: GroupBatch) -> tuple[Tensor, Tensor]:
-    first, second = group_pairs(batch.group_index, batch.num_groups)
-    ordered = batch.scores[first] > batch.scores[second]
-    return first[ordered], second[ordered]
+def all_pairs(batch: GroupBatch) -> Tensor:
+    first, second = batch.index.both(batch.scores)
+    return first > second
 
 
-def cross_pairs(batch: GroupBatch) -> tuple[Tensor, Tensor]:
-    first, second = group_pairs(batch.group_index, batch.num_groups)
-    crossed = batch.preferred[first] & ~batch.preferred[second]
-    return first[crossed], second[crossed]
+def cross_pairs(batch: GroupBatch) -> Tensor:
+    first, second = batch.index.both(batch.preferred)
+    return first & ~second
 
 
-# From a batch, the places [P] of the better and of the worse responses.
-PAIRS: dict[Pairs, Callable[[GroupBatch], tuple[Tensor, Tensor]]] = {
+# From a batch, [P] bool: which pairs are taken, the first response as the better one.
+PAIRS: dict[Pairs, Callable[[GroupBatch], Tensor]] = {
     "best_worst": best_worst,
     "best_random": best_random,
     "all": all_pairs,
@@ -71,14 +69,13 @@ PAIRS: dict[Pairs, Callable[[GroupBatch], tuple[Tensor, Tensor]]] = {
 
 
 def hashed(numbers: Tensor) -> Tensor:
-    """Int64 values in [0, 2^63) that look random, of int64 `numbers`."""
-    return shift_right(splitmix64(numbers + 1), 1)
+    """Whole float64 numbers in [0, 2^53) that look random, of int64 `numbers`."""
+    return shift_right(splitmix64(numbers + 1), 11).double()
 
 
-def mean_over_pairs(batch: GroupBatch, better: Tensor, losses: Tensor, rewards: Tensor) -> ObjectiveResult:
-    """The mean of the pairs' `losses` [P] in each group, 0 in a group without any; `better` [P] as of `PAIRS`."""
-    means = segment_mean(losses, batch.group_index[better], batch.num_groups)
-    return ObjectiveResult(means, rewards.detach())
+def mean_over_pairs(batch: GroupBatch, pairs: Pairs, losses: Tensor, rewards: Tensor) -> ObjectiveResult:
+    """The mean in each group of the `losses` [P] of the pairs that are taken, 0 in a group without any."""
+    return ObjectiveResult(segment_mean(losses, batch.index.pairs, PAIRS[pairs](batch)), rewards.detach())
 
 
 def logistic(margin: Tensor, label_smoothing: float) -> Tensor:
@@ -123,9 +120,8 @@ def dpo(
     pairing, the best against a random one, with beta 0.1.
     """
     rewards = beta * batch.log_ratios
-    better, worse = PAIRS[pairs](batch)
-    losses = logistic(rewards[better] - rewards[worse], label_smoothing)
-    return mean_over_pairs(batch, better, losses, rewards)
+    better, worse = batch.index.both(rewards)
+    return mean_over_pairs(batch, pairs, logistic(better - worse, label_smoothing), rewards)
 
 
 @register(
@@ -150,9 +146,8 @@ def simpo(
     instruct models, (10, 3) for Llama 3 Instruct on newer data.
     """
     rewards = beta * batch.mean_logps
-    better, worse = PAIRS[pairs](batch)
-    losses = logistic(rewards[better] - rewards[worse] - gamma, label_smoothing)
-    return mean_over_pairs(batch, better, losses, rewards)
+    better, worse = batch.index.both(rewards)
+    return mean_over_pairs(batch, pairs, logistic(better - worse - gamma, label_smoothing), rewards)
 
 
 @register(
@@ -171,9 +166,8 @@ def ipo(
     to 1.
     """
     rewards = batch.log_ratios / batch.lengths if length_normalised else batch.log_ratios
-    better, worse = PAIRS[pairs](batch)
-    losses = (rewards[better] - rewards[worse] - 1 / (2 * beta)).square()
-    return mean_over_pairs(batch, better, losses, rewards)
+    better, worse = batch.index.both(rewards)
+    return mean_over_pairs(batch, pairs, (better - worse - 1 / (2 * beta)).square(), rewards)
 
 
 @register(
@@ -196,9 +190,8 @@ def r_dpo(
     2024, Disentangling Length from Quality in Direct Preference Optimization.
     """
     rewards = beta * batch.log_ratios
-    z = rewards + alpha * batch.lengths.to(rewards.dtype)
-    better, worse = PAIRS[pairs](batch)
-    return mean_over_pairs(batch, better, logistic(z[better] - z[worse], label_smoothing), rewards)
+    better, worse = batch.index.both(rewards + alpha * batch.lengths.to(rewards.dtype))
+    return mean_over_pairs(batch, pairs, logistic(better - worse, label_smoothing), rewards)
 
 
 @register(
@@ -219,6 +212,6 @@ def orpo(batch: GroupBatch, *, beta: Positive, pairs: Pairs = "best_worst") -> O
     # log(1 - exp(a)); a response of probability 1 would have infinite odds.
     log_of_rest = torch.log(-torch.expm1(average.clamp(max=-torch.finfo(average.dtype).eps)))
     log_odds = average - log_of_rest
-    better, worse = PAIRS[pairs](batch)
-    losses = -average[better] - beta * F.logsigmoid(log_odds[better] - log_odds[worse])
-    return mean_over_pairs(batch, better, losses, log_odds)
+    better, worse = batch.index.both(log_odds)
+    losses = -spread(average, batch.index.first) - beta * F.logsigmoid(better - worse)
+    return mean_over_pairs(batch, pairs, losses, log_odds)

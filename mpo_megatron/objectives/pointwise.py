@@ -2,7 +2,7 @@ r"""Objectives that hold each response against a target of its own, not against 
 
 r_i = log pi(y_i | x) - log pi_ref(y_i | x), S_i the scores, |y_i| a response's tokens, n the group's size.
 
-Shapes: R responses, G groups, P pairs.
+Shapes: R responses, G groups.
 """
 
 import math
@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from mpo_megatron.objectives.hyper import NotNegative, Positive, Range
-from mpo_megatron.objectives.ragged import (
+from mpo_megatron.objectives.registry import GroupBatch, ObjectiveResult, register
+from mpo_megatron.ragged.segments import (
+    Segments,
     above_mean,
     first_highest,
-    group_pairs,
     segment_any,
     segment_mean,
     segment_sum,
+    spread,
 )
-from mpo_megatron.objectives.registry import GroupBatch, ObjectiveResult, register
 
 
 @register(
@@ -52,8 +53,7 @@ def kto(
         desirable_weight * torch.sigmoid(-distance),
         undesirable_weight * torch.sigmoid(distance),
     )
-    losses = segment_mean(terms, batch.group_index, batch.num_groups)
-    return ObjectiveResult(losses, (beta * ratios).detach())
+    return ObjectiveResult(segment_mean(terms, batch.groups), (beta * ratios).detach())
 
 
 @register(
@@ -69,11 +69,11 @@ def sppo(batch: GroupBatch, *, beta: Positive) -> ObjectiveResult:
     The scores are those of a Bradley-Terry model: a difference of 1 wins at odds of e. Source: Wu et al. 2024,
     Self-Play Preference Optimization; beta is 1 / eta of theirs, 0.001.
     """
-    ratios, group, num_groups = batch.log_ratios, batch.group_index, batch.num_groups
-    first, second = group_pairs(group, num_groups)
-    first, second = first[first != second], second[first != second]
-    wins = segment_mean(torch.sigmoid(batch.scores[first] - batch.scores[second]), first, len(ratios))
-    losses = segment_sum((ratios - (wins - 0.5) / beta).square(), group, num_groups)
+    ratios, index = batch.log_ratios, batch.index
+    own, other = index.both(batch.scores)
+    others = index.first.segment != index.second.segment
+    wins = segment_mean(torch.sigmoid(own - other), index.first, others)
+    losses = segment_sum((ratios - (wins - 0.5) / beta).square(), batch.groups)
     return ObjectiveResult(losses, ratios.detach())
 
 
@@ -99,22 +99,22 @@ def grpo_offline(
     2020, dual-clip PPO); without, a bad response that has become likely would have a loss without limit. Source: Shao
     et al. 2024, DeepSeekMath; clip and 0.2 are PPO's (Schulman et al. 2017).
     """
-    advantages = standardised(batch.scores, batch.group_index, batch.num_groups)
+    advantages = standardised(batch.scores, batch.groups)
     ratios = batch.log_ratios / batch.lengths if length_normalised else batch.log_ratios
     # Beyond dual_clip no gradient is left, so that exp needs no larger argument.
     rho = torch.exp(ratios.clamp(max=math.log(dual_clip) + 1))
     gain = torch.minimum(rho * advantages, rho.clamp(1 - clip, 1 + clip) * advantages)
     gain = torch.where(advantages < 0, torch.maximum(gain, dual_clip * advantages), gain)
-    losses = -segment_sum(gain, batch.group_index, batch.num_groups)
-    return ObjectiveResult(losses, ratios.detach())
+    return ObjectiveResult(-segment_sum(gain, batch.groups), ratios.detach())
 
 
-def standardised(scores: Tensor, group_index: Tensor, num_groups: int) -> Tensor:
+def standardised(scores: Tensor, groups: Segments) -> Tensor:
     """[R] (S_i - mean) / std of the group, with the std of the n scores themselves; 0 where all are equal."""
-    deviation = scores - segment_mean(scores, group_index, num_groups)[group_index]
-    std = segment_mean(deviation.square(), group_index, num_groups).sqrt()
-    differ = segment_any(above_mean(scores, group_index, num_groups), group_index, num_groups)
-    return torch.where(differ[group_index], deviation / std.where(differ, 1.0)[group_index], 0.0)
+    deviation = scores - spread(segment_mean(scores, groups), groups)
+    std = segment_mean(deviation.square(), groups).sqrt()
+    equal = ~segment_any(above_mean(scores, groups), groups)
+    standard = deviation / spread(std.masked_fill(equal, 1), groups)
+    return standard.masked_fill(spread(equal, groups), 0)
 
 
 @register(
@@ -128,5 +128,5 @@ def standardised(scores: Tensor, group_index: Tensor, num_groups: int) -> Tensor
 def sft(batch: GroupBatch) -> ObjectiveResult:
     """Supervised fine-tuning: -log pi(y_w | x) / |y_w|, w the first of the best-scored responses."""
     rewards = batch.mean_logps
-    best = first_highest(batch.scores, batch.group_index, batch.num_groups)
-    return ObjectiveResult(-rewards[best], rewards.detach())
+    best = first_highest(batch.scores, batch.groups)
+    return ObjectiveResult(-segment_sum(rewards, batch.groups, best), rewards.detach())

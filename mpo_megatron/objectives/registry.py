@@ -1,7 +1,9 @@
 """What an objective is given, what it returns, and the table of all of them.
 
 An objective is a function `objective(batch, *, hyper-parameters) -> ObjectiveResult` of whole groups. Its keyword-only
-parameters are its hyper-parameters: names, types, ranges (`hyper`) and defaults stand in the signature alone.
+parameters are its hyper-parameters: names, types, ranges (`hyper`) and defaults stand in the signature alone. It leaves
+everything on the device: what makes the host wait, such as `.item()` or an index by a mask, stops the whole step; see
+`mpo_megatron.ragged`.
 
 Shapes: R responses, G groups, in the row's order. All values are float32 (or float64 in tests) on one device.
 """
@@ -15,6 +17,8 @@ from torch import Tensor
 
 from mpo_megatron.errors import ConfigError
 from mpo_megatron.objectives.hyper import HyperParameter, hyper_parameters
+from mpo_megatron.ragged.groups import GroupIndex
+from mpo_megatron.ragged.segments import Segments
 
 
 @dataclass(frozen=True)
@@ -27,9 +31,8 @@ class GroupBatch:
         lengths: [R] response tokens.
         scores: [R] the responses' scores, of the type of the log-probs.
         preferred: [R] bool, the partition.
-        group_index: [R] int64 in [0, G), non-decreasing.
         response_ids: [R] int64, the responses' numbers in the data set.
-        num_groups: G.
+        index: which of them are in which group: `GroupIndex.of` the groups' sizes.
     """
 
     policy_logps: Tensor
@@ -37,9 +40,18 @@ class GroupBatch:
     lengths: Tensor
     scores: Tensor
     preferred: Tensor
-    group_index: Tensor
     response_ids: Tensor
-    num_groups: int
+    index: GroupIndex
+
+    @property
+    def groups(self) -> Segments:
+        """The responses in their groups, for the arithmetic of `mpo_megatron.ragged`."""
+        return self.index.groups
+
+    @property
+    def num_groups(self) -> int:
+        """G."""
+        return self.groups.count
 
     @property
     def log_ratios(self) -> Tensor:

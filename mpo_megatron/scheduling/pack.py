@@ -1,6 +1,9 @@
 """The tensors of a row.
 
-Shapes: T packed tokens, N predicted tokens, R responses, G groups, all of this row.
+Whatever the device needs to know of a row is made here, on the host, and goes there in one copy: tokens, and every
+index, count and cumulative length. After it the step asks the device for nothing until it has its metrics.
+
+Shapes: T packed tokens, N predicted tokens, R responses, G groups, A attention segments, all of this row.
 """
 
 from collections.abc import Sequence
@@ -11,32 +14,115 @@ import torch
 from torch import Tensor
 
 from mpo_megatron.data import TokenizedGroup
-from mpo_megatron.scheduling.layout import Block, GroupLengths, Span, context_spans, lay_out
+from mpo_megatron.ragged.groups import GroupIndex
+from mpo_megatron.ragged.segments import Segments
+from mpo_megatron.ragged.transfer import to_device
+from mpo_megatron.scheduling.layout import (
+    Block,
+    GroupLengths,
+    Segment,
+    Span,
+    context_spans,
+    cut_segments,
+    lay_out,
+)
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Which held token's hidden state predicts which target, from both sides.
+
+    A token predicts the one after it, if that is a response's; the last token of a shared prompt predicts the first
+    token of every response.
+
+    Attributes:
+        places: [N] int32, the place among the held tokens that predicts each target.
+        target: [t] int32, of each held token a target that it predicts.
+        unread: [t] bool, tokens that predict none; their `target` is 0.
+        several: [F] int32, the targets of those tokens that predict more than one, token after token.
+        by_place: these F targets by such tokens.
+        shared_places: the places of these tokens, int32, ascending.
+    """
+
+    places: Tensor
+    target: Tensor
+    unread: Tensor
+    several: Tensor
+    by_place: Segments
+    shared_places: Tensor
+
+    @classmethod
+    def of(cls, places: np.ndarray, held_tokens: int) -> "Reads":
+        """From the place of each target, on the CPU."""
+        places = places.astype(np.int32)
+        readers = np.bincount(places, minlength=held_tokens)
+        target = np.zeros(held_tokens, dtype=np.int32)
+        target[places] = np.arange(len(places))
+        several = np.flatnonzero(readers[places] > 1).astype(np.int32)
+        several = several[np.argsort(places[several], kind="stable")]
+        shared, by_place = np.unique(places[several], return_inverse=True)
+        return cls(
+            places=torch.from_numpy(places),
+            target=torch.from_numpy(target),
+            unread=torch.from_numpy(readers == 0),
+            several=torch.from_numpy(several),
+            by_place=Segments.of(by_place, len(shared)),
+            shared_places=torch.from_numpy(shared),
+        )
+
+
+@dataclass(frozen=True)
+class AttentionIndex:
+    """What kernels for variable lengths ask about the row's attention segments.
+
+    Attributes:
+        keys: [sum of keys] int32, where in the row the keys of all segments lie, segment after segment.
+        cu_queries: [A + 1] int32 cumulative lengths of the segments' queries.
+        cu_keys: [A + 1] int32 cumulative lengths of their keys.
+    """
+
+    keys: Tensor
+    cu_queries: Tensor
+    cu_keys: Tensor
+
+    @classmethod
+    def of(cls, segments: Sequence[Segment]) -> "AttentionIndex":
+        """From the segments, on the CPU."""
+        keys = [np.arange(span.start, span.stop, dtype=np.int32) for s in segments for span in s.keys]
+        return cls(
+            torch.from_numpy(np.concatenate(keys) if keys else np.zeros(0, dtype=np.int32)),
+            _cumulative([segment.queries.length for segment in segments]),
+            _cumulative([segment.num_keys for segment in segments]),
+        )
+
+
+def _cumulative(lengths: Sequence[int]) -> Tensor:
+    return torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
 
 
 @dataclass(frozen=True)
 class PackedRow:
     """One micro-batch: whole groups, or parts of split groups, in one sequence.
 
-    Under context parallelism a rank holds the tokens in `held`, and t = T / CP of them; without, t = T. The index
-    tensors are int32: they live until the backward pass.
+    Under context parallelism a rank holds the tokens in `held`, and t = T / CP of them; without, t = T. Most index
+    tensors are int32: they live until the backward pass. All tensors are views of one buffer.
 
     Attributes:
         row_tokens: T.
         held: the spans of the row that this rank holds, ascending.
         blocks: where prompts and responses lie in the row.
+        segments: the attention segments of the held tokens.
         tokens: [t] int64, of the held spans one after the other; padding is token 0.
         position_ids: [t] int64, position of each token in its own prompt + response; padding has 0.
-        predict_from: [N] int32, the place among the held tokens whose hidden state predicts each target. The last token
-            of a shared prompt predicts the first token of every response, so it appears once for each.
+        attention: of the attention segments.
+        reads: which held token's hidden state predicts which target.
         targets: [N] int32, the response tokens that this rank predicts.
-        target_response: [N] int32 in [0, R), the response that each target belongs to.
+        by_response: the N targets by the R responses.
         response_ids: [R] int64, the responses' numbers in the data set.
         lengths: [R] int64 response tokens.
         scores: [R] float32.
         preferred: [R] bool.
-        group_index: [R] int64 in [0, G).
-        num_groups: G, groups or parts in the row.
+        index: the R responses by the G groups, or parts of groups.
         counted_groups: what the row adds to the number of groups of the global batch, by which the gradient is divided:
             its whole groups, and the split groups whose first response it holds; 0 on all but the first
             context-parallel rank, whose ranks hold the same row.
@@ -47,23 +133,28 @@ class PackedRow:
     row_tokens: int
     held: tuple[Span, ...]
     blocks: tuple[Block, ...]
+    segments: tuple[Segment, ...]
     tokens: Tensor
     position_ids: Tensor
-    predict_from: Tensor
+    attention: AttentionIndex
+    reads: Reads
     targets: Tensor
-    target_response: Tensor
+    by_response: Segments
     response_ids: Tensor
     lengths: Tensor
     scores: Tensor
     preferred: Tensor
-    group_index: Tensor
-    num_groups: int
+    index: GroupIndex
     counted_groups: int
     split_slots: Tensor | None
 
     @property
     def num_responses(self) -> int:
         return self.response_ids.numel()
+
+    @property
+    def num_groups(self) -> int:
+        return self.index.groups.count
 
     @property
     def used_tokens(self) -> int:
@@ -108,33 +199,33 @@ def pack_row(
     places = place[np.concatenate(predict_from)] if predict_from else np.zeros(0, dtype=np.int64)
     here = places >= 0
 
-    def whole(parts: Sequence[np.ndarray | Sequence], dtype: torch.dtype) -> Tensor:
-        array = np.concatenate(parts) if parts else np.zeros(0)
-        return torch.as_tensor(array, device=device).to(dtype)
-
-    def index(array: np.ndarray) -> Tensor:
-        return torch.as_tensor(array[here].astype(np.int32), device=device)
-
-    sizes = [len(g.response_ids) for g in groups]
+    segments = cut_segments(blocks, held)
     count = len(groups) if counted_groups is None else counted_groups
-    return PackedRow(
+    row = PackedRow(
         row_tokens=row_tokens,
         held=held,
         blocks=blocks,
-        tokens=torch.as_tensor(tokens[mine], device=device),
-        position_ids=torch.as_tensor(positions[mine], device=device),
-        predict_from=index(places),
-        targets=index(np.concatenate(targets) if targets else np.zeros(0)),
-        target_response=index(np.repeat(np.arange(len(counts)), counts)),
-        response_ids=whole(response_ids, torch.int64),
-        lengths=torch.tensor(counts, dtype=torch.int64, device=device),
-        scores=whole([g.scores for g in groups], torch.float32),
-        preferred=whole([g.preferred for g in groups], torch.bool),
-        group_index=torch.as_tensor(np.repeat(np.arange(len(sizes)), sizes), device=device),
-        num_groups=len(groups),
+        segments=segments,
+        tokens=torch.from_numpy(tokens[mine]),
+        position_ids=torch.from_numpy(positions[mine]),
+        attention=AttentionIndex.of(segments),
+        reads=Reads.of(places[here], len(mine)),
+        targets=concatenated(targets, torch.int32)[torch.from_numpy(here)],
+        by_response=Segments.of(np.repeat(np.arange(len(counts)), counts)[here], len(counts)),
+        response_ids=concatenated(response_ids, torch.int64),
+        lengths=torch.tensor(counts, dtype=torch.int64),
+        scores=concatenated([g.scores for g in groups], torch.float32),
+        preferred=concatenated([g.preferred for g in groups], torch.bool),
+        index=GroupIndex.of([len(g.response_ids) for g in groups]),
         counted_groups=count if rank == 0 else 0,
-        split_slots=None if split_slots is None else torch.tensor(split_slots, device=device),
+        split_slots=None if split_slots is None else torch.tensor(split_slots),
     )
+    return to_device(row, device)
+
+
+def concatenated(parts: Sequence[np.ndarray | Sequence], dtype: torch.dtype) -> Tensor:
+    """The parts one after the other, on the CPU."""
+    return torch.as_tensor(np.concatenate(parts) if parts else np.zeros(0)).to(dtype)
 
 
 def _write_tokens(

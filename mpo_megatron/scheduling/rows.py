@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpo_megatron.data import Groups
+from mpo_megatron.ragged.groups import GroupIndex
+from mpo_megatron.ragged.transfer import to_device
 from mpo_megatron.scheduling.layout import GroupLengths
-from mpo_megatron.scheduling.pack import PackedRow, pack_row
+from mpo_megatron.scheduling.pack import PackedRow, concatenated, pack_row
 from mpo_megatron.scheduling.plan import (
     NO_PIPELINE,
     CostModel,
@@ -41,16 +43,18 @@ class SplitGroups:
         lengths: [S] int64 response tokens.
         scores: [S] float32.
         preferred: [S] bool.
-        group_index: [S] int64, ascending from 0.
-        num_groups: how many they are.
+        index: the responses by the groups.
     """
 
     response_ids: Tensor
     lengths: Tensor
     scores: Tensor
     preferred: Tensor
-    group_index: Tensor
-    num_groups: int
+    index: GroupIndex
+
+    @property
+    def num_groups(self) -> int:
+        return self.index.groups.count
 
 
 @dataclass(frozen=True)
@@ -240,17 +244,13 @@ class RowSource:
         groups = [self.dataset.group(int(positions[i])) for i in twice]
         offsets = [int(self.dataset.response_offsets[int(positions[i])]) for i in twice]
         sizes = [len(group.response_ids) for group in groups]
-
-        def tensor(values: Sequence[NDArray], dtype: torch.dtype) -> Tensor:
-            return torch.as_tensor(np.concatenate(values), device=self.device).to(dtype)
-
-        return SplitGroups(
-            response_ids=tensor(
+        split = SplitGroups(
+            response_ids=concatenated(
                 [np.arange(o, o + n) for o, n in zip(offsets, sizes, strict=True)], torch.int64
             ),
-            lengths=tensor([np.array([len(r) for r in g.response_ids]) for g in groups], torch.int64),
-            scores=tensor([g.scores for g in groups], torch.float32),
-            preferred=tensor([g.preferred for g in groups], torch.bool),
-            group_index=torch.as_tensor(np.repeat(np.arange(len(sizes)), sizes), device=self.device),
-            num_groups=len(groups),
+            lengths=concatenated([[len(r) for r in g.response_ids] for g in groups], torch.int64),
+            scores=concatenated([g.scores for g in groups], torch.float32),
+            preferred=concatenated([g.preferred for g in groups], torch.bool),
+            index=GroupIndex.of(sizes),
         )
+        return to_device(split, self.device)

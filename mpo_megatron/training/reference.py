@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mpo_megatron.model import head
 from mpo_megatron.runtime.parallel import ParallelLayout
 from mpo_megatron.scheduling.rows import Positions, RowSource
 from mpo_megatron.training.setup import Setup, Split
@@ -56,7 +57,8 @@ def reference_key(split: Split, steps: Sequence[Positions], setup: Setup) -> dic
         "arithmetic": [layout.sizes, device, str(options.dtype), torch.get_num_threads(),
                        options.sequence_parallel, options.transformer_engine, str(options.fp8),
                        options.attention_backend, options.head_chunk_size,
-                       options.make_vocab_size_divisible_by, torch.__version__, version("megatron-core")],
+                       options.make_vocab_size_divisible_by, head.ARITHMETIC,
+                       torch.__version__, version("megatron-core")],
     }  # fmt: skip
 
 

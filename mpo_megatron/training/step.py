@@ -138,9 +138,8 @@ def _group_batch(groups: PackedRow | SplitGroups, logps: Tensor, reference_logps
         lengths=groups.lengths,
         scores=groups.scores.to(logps.dtype),
         preferred=groups.preferred,
-        group_index=groups.group_index,
         response_ids=groups.response_ids,
-        num_groups=groups.num_groups,
+        index=groups.index,
     )
 
 
@@ -163,7 +162,8 @@ def objective_loss(objective: Objective, reference_logps: Tensor, split: SplitLo
     """
 
     def loss(row: PackedRow, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        count = torch.tensor(row.counted_groups, dtype=torch.int, device=output.device)
+        # Filled in on the device; `torch.tensor` would copy it there, and wait.
+        count = torch.full((), row.counted_groups, dtype=torch.int, device=output.device)
         logps = output.reshape(-1)
         if row.split_slots is not None:
             if split is None:

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from megatron.core.utils import get_model_config
 
 from mpo_megatron.model import attention, provider
+from mpo_megatron.ragged.segments import Segments
 from mpo_megatron.scheduling import rows
-from mpo_megatron.scheduling.pack import PackedRow
+from mpo_megatron.scheduling.pack import PackedRow, Reads
 from mpo_megatron.training import step
 from tests.distributed.jobs import Layout
 
@@ -44,16 +45,15 @@ def _last_prompt_position_predicts_once() -> Any:
 
     def change(row: PackedRow) -> PackedRow:
         kept, seen = [], set()
-        for n, place in enumerate(row.predict_from.tolist()):
+        for n, place in enumerate(row.reads.places.tolist()):
             if place not in seen:
                 kept.append(n)
             seen.add(place)
-        index = torch.tensor(kept, dtype=torch.int64)
         return replace(
             row,
-            predict_from=row.predict_from[index],
-            targets=row.targets[index],
-            target_response=row.target_response[index],
+            reads=Reads.of(row.reads.places[kept].numpy(), row.tokens.numel()),
+            targets=row.targets[kept],
+            by_response=Segments.of(row.by_response.segment[kept].numpy(), row.num_responses),
         )
 
     return _with_rows(change)

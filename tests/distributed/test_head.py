@@ -1,7 +1,9 @@
 """The response head against eager log-softmax: values, gradients, and what it keeps for the backward pass."""
 
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -66,12 +68,133 @@ def test_a_rank_may_hold_padding_alone(ranks: Any) -> None:
     assert (first.shape, last.shape) == ((V, H), (0, H))
 
 
-def test_bfloat16_is_summed_in_float32(ranks: Any) -> None:
-    hidden, weight, targets, _ = problem(torch.bfloat16)
-    wanted = (hidden @ weight.t()).float().log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
-    ((logps, _, _),) = ranks(1).run(head_case, torch.bfloat16, 7, V)
-    assert logps.dtype == torch.float32
-    torch.testing.assert_close(logps, wanted, rtol=1e-5, atol=1e-5)
+LONG, VOCAB, WIDTH = 2048, 2048, 64
+
+
+def long_response() -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+    """(hidden states [t, 1, H], weight [V, H], tokens) in bf16, of a response that such a model could have sampled.
+
+    Logits reach 50, where bf16 has steps of 0.25.
+    """
+    random = torch.Generator().manual_seed(0)
+    hidden = torch.randn(LONG + 8, 1, WIDTH, generator=random).bfloat16()
+    weight = torch.randn(VOCAB, WIDTH, generator=random).bfloat16()
+    logits = hidden[:LONG, 0].double() @ weight.double().t()
+    return hidden, weight, torch.multinomial(logits.softmax(-1), 1, generator=random)[:, 0].numpy()
+
+
+def long_response_case(rounded: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-prob and gradients of hidden states and weight of the whole head; with logits rounded to bf16, or not."""
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from mpo_megatron.data import TokenizedGroup
+    from mpo_megatron.model import head
+    from mpo_megatron.runtime.device import choose_device
+    from mpo_megatron.runtime.parallel import initialize
+    from mpo_megatron.scheduling.pack import pack_row
+
+    initialize(choose_device("cpu"))
+    hidden, weight, tokens = long_response()
+    config = TransformerConfig(
+        num_layers=1, hidden_size=WIDTH, num_attention_heads=1, use_cpu_initialization=True
+    )
+    layer = ColumnParallelLinear(WIDTH, VOCAB, config=config, init_method=torch.nn.init.zeros_, bias=False)
+    head.ResponseHead.take_over(layer, VOCAB, 256)
+    layer.weight = torch.nn.Parameter(weight)
+    # A prompt of one token and the response: token k is predicted from place k.
+    group = TokenizedGroup("a", np.zeros(1, dtype=int), [tokens], np.ones(1), np.ones(1, dtype=bool))
+    layer.row = pack_row([group], [[0]], row_tokens=LONG + 8, shared_prompt=True)
+    hidden.requires_grad_()
+
+    def as_bf16(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return (left @ right).float()
+
+    with mock.patch.object(head, "full_product", as_bf16 if rounded else head.full_product):
+        logp = layer(hidden)[0].sum()
+        logp.backward()
+    assert hidden.grad is not None
+    return logp.detach(), hidden.grad, layer.weight.grad
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_bfloat16_weights_give_float32_logits(rounded: bool, ranks: Any) -> None:
+    """Against float64 from the same bf16 numbers; logits rounded to bf16 would be off by far more than is allowed."""
+    hidden, weight, tokens = long_response()
+    exact, exact_weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    logps = (exact[:LONG, 0] @ exact_weight.t()).log_softmax(-1)
+    wanted = logps.gather(1, torch.from_numpy(tokens)[:, None]).sum()
+    wanted.backward()
+    assert exact.grad is not None
+    assert exact_weight.grad is not None
+    ((logp, grad_hidden, grad_weight),) = ranks(1).run(long_response_case, rounded)
+    assert logp.dtype == torch.float32
+    off = abs(float(logp - wanted.detach()))
+    off_gradients = [
+        float((found - right).norm() / right.norm())
+        for found, right in ((grad_hidden, exact.grad), (grad_weight, exact_weight.grad))
+    ]
+    assert (off < 1e-3) != rounded
+    # They are bf16 themselves: 8 bits.
+    assert all((one < 2**-8) != rounded for one in off_gradients)
+
+
+def test_a_processor_is_told_to_use_bf16_for_the_product_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mpo_megatron.model.products import full_product
+
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    left, right = torch.randn(3, 8).bfloat16(), torch.randn(8, 2100).bfloat16()
+    wanted = left.double() @ right.double()
+    torch.testing.assert_close(full_product(left, right).double(), wanted, rtol=1e-5, atol=1e-5)
+    assert matmul.fp32_precision == before
+    with pytest.raises(RuntimeError):
+        full_product(left, right[:7])
+    assert matmul.fp32_precision == before
+    # As on a torch that has no such switch.
+    monkeypatch.setattr(torch.backends, "mkldnn", object())
+    torch.testing.assert_close(full_product(left, right).double(), wanted, rtol=1e-5, atol=1e-5)
+    assert full_product(left.double(), right.double()).dtype == torch.float64
+    half = full_product(left.half(), right.half())
+    torch.testing.assert_close(
+        half.double(), left.half().double() @ right.half().double(), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_a_gpu_is_asked_for_float32() -> None:
+    """That torch has the argument where the product asks for it: its operator for tensors without values takes it."""
+    from mpo_megatron.model import products
+
+    if not products._OUT_DTYPE:
+        pytest.skip("torch >= 2.8 has the argument")
+    left, right = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((3, 8), (8, 5)))
+    assert torch.mm(left, right, out_dtype=torch.float32).dtype == torch.float32
+
+
+def shared_gradient_case(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of the hidden states of a row, whose prompts predict several responses: the head's, and index_add's."""
+    from mpo_megatron.model.head import _Predicting
+    from mpo_megatron.scheduling.pack import pack_row
+    from tests.helpers.models import make_groups
+
+    groups = make_groups([3, 1, 5], 50)
+    row = pack_row(groups, [range(3), [3], range(4, 9)], row_tokens=320, shared_prompt=True)
+    random = torch.Generator().manual_seed(0)
+    hidden = torch.randn(320, 4, generator=random).to(dtype).requires_grad_()
+    upstream = torch.randn(row.targets.numel(), 4, generator=random).to(dtype)
+    predicting = _Predicting.apply(hidden, row.reads)
+    assert torch.equal(predicting, hidden[row.reads.places])
+    predicting.backward(upstream)
+    assert hidden.grad is not None
+    return hidden.grad.double(), torch.zeros(320, 4).double().index_add(
+        0, row.reads.places, upstream.double()
+    )
+
+
+def test_gradients_of_shared_hidden_states(ranks: Any) -> None:
+    for dtype, places in ((torch.float64, 1e-12), (torch.bfloat16, 2e-2)):
+        ((found, wanted),) = ranks(1).run(shared_gradient_case, dtype)
+        torch.testing.assert_close(found, wanted, rtol=places, atol=places / 10)
 
 
 def saved_bytes_case() -> tuple[int, int]:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from mpo_megatron.objectives import GroupBatch, ObjectiveResult, get
+from mpo_megatron.ragged.groups import GroupIndex
 
 F64 = torch.float64
 
@@ -57,9 +58,8 @@ def batch_of(
         lengths=flat(lengths or [[1] * size for size in sizes]).long(),
         scores=flat(scores),
         preferred=flat(preferred).bool(),
-        group_index=torch.repeat_interleave(torch.tensor(sizes)),
         response_ids=torch.arange(sum(sizes)),
-        num_groups=len(sizes),
+        index=GroupIndex.of(sizes),
     )
 
 

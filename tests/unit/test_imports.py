@@ -1,6 +1,6 @@
 """Which part of the package may import which, checked on the source of every file.
 
-    config ← data ← scheduling ← model, objectives ← training
+    config ← data, ragged ← scheduling ← model, objectives ← training
 
 `errors` is free to all. Only examples/ and tools/ (and tests/) import training.
 """
@@ -21,17 +21,29 @@ MAY_IMPORT = {
     "errors": set(),
     "config": set(),
     "data": {"config"},
-    "scheduling": {"config", "data"},
+    "ragged": set(),
+    "scheduling": {"config", "data", "ragged"},
     "runtime": {"config"},
-    "model": {"config", "data", "scheduling", "runtime"},
-    "objectives": {"config", "data", "scheduling"},
-    "conversion": {"config", "data", "scheduling", "model", "runtime"},
+    "model": {"config", "data", "ragged", "scheduling", "runtime"},
+    "objectives": {"config", "data", "ragged", "scheduling"},
+    "conversion": {"config", "data", "ragged", "scheduling", "model", "runtime"},
     "rollout": {"config", "data"},
-    "training": {"config", "data", "scheduling", "runtime", "model", "objectives", "conversion", "rollout"},
     "comparison": {"config", "objectives"},
+    "training": {
+        "config",
+        "data",
+        "ragged",
+        "scheduling",
+        "runtime",
+        "model",
+        "objectives",
+        "conversion",
+        "rollout",
+    },
     "benchmarks": {
         "config",
         "data",
+        "ragged",
         "scheduling",
         "runtime",
         "model",
@@ -49,6 +61,7 @@ DOES_WITHOUT = {
     "mpo_megatron/scheduling/balance.py": {"torch", "megatron"},
     "mpo_megatron/scheduling/order.py": {"torch", "megatron"},
     "mpo_megatron/scheduling": {"megatron"},
+    "mpo_megatron/ragged": {"megatron"},
     "mpo_megatron/objectives": {"megatron"},
     "mpo_megatron/rollout": {"megatron"},
     "mpo_megatron/comparison": {"megatron", "nemo"},

@@ -79,9 +79,8 @@ def test_an_sft_term_goes_with_every_objective(name: str) -> None:
     batch = random_batch()
     plain = run(name, batch)
     found = bind(get(name), SETTINGS[name], sft_weight=0.5)(batch)
-    best = [batch.scores[batch.group_index == group].argmax() for group in range(batch.num_groups)]
-    starts = torch.searchsorted(batch.group_index, torch.arange(batch.num_groups))
-    chosen = starts + torch.stack(best)
+    best = [batch.scores[batch.groups.segment == group].argmax() for group in range(batch.num_groups)]
+    chosen = batch.groups.offsets[:-1] + torch.stack(best)
     wanted = -0.5 * batch.policy_logps[chosen] / batch.lengths[chosen]
     torch.testing.assert_close(found.losses - plain.losses, wanted)
     torch.testing.assert_close(found.rewards, plain.rewards, equal_nan=True)

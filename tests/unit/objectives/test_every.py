@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mpo_megatron.objectives import GroupBatch, get, names
+from mpo_megatron.ragged.groups import GroupIndex
 from tests.helpers.objectives import SETTINGS, batch_of, loss_and_gradient, random_batch, run
 
 # Adding a constant to the log-probs of a whole group changes nothing where z is compared within the group ...
@@ -21,10 +22,10 @@ ALONE = {
 
 def part(batch: GroupBatch, group: int) -> GroupBatch:
     """One group of a batch."""
-    of = batch.group_index == group
+    of = batch.groups.segment == group
     return GroupBatch(
         batch.policy_logps.detach()[of].requires_grad_(), batch.reference_logps[of], batch.lengths[of],
-        batch.scores[of], batch.preferred[of], torch.zeros_like(batch.group_index[of]), batch.response_ids[of], 1,
+        batch.scores[of], batch.preferred[of], batch.response_ids[of], GroupIndex.of([int(of.sum())]),
     )  # fmt: skip
 
 
@@ -46,7 +47,7 @@ def test_groups_of_any_size_count_as_if_alone(name: str) -> None:
         (alone,), alone_gradient = loss_and_gradient(name, part(batch, group))
         assert losses[group] == pytest.approx(alone, rel=1e-12, abs=1e-12)
         torch.testing.assert_close(
-            gradient[batch.group_index == group], alone_gradient, rtol=1e-11, atol=1e-13
+            gradient[batch.groups.segment == group], alone_gradient, rtol=1e-11, atol=1e-13
         )
 
 
@@ -66,7 +67,7 @@ def test_the_gradient_is_that_of_the_loss(name: str) -> None:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_row_without_groups_has_no_loss(name: str) -> None:
     batch = part(random_batch(), 7)
-    result = run(name, replace(batch, num_groups=0))
+    result = run(name, replace(batch, index=GroupIndex.of([])))
     assert result.losses.shape == result.rewards.shape == (0,)
     result.losses.sum().backward()
 
@@ -88,7 +89,7 @@ def test_the_reference_is_read_where_the_table_says(name: str) -> None:
 def test_only_kto_lets_one_group_move_another(name: str) -> None:
     batch = random_batch()
     moved = batch.policy_logps.detach().clone()
-    moved[batch.group_index == 3] += torch.arange(8.0)  # mean of r rises
+    moved[batch.groups.segment == 3] += torch.arange(8.0)  # mean of r rises
     losses = run(name, replace(batch, policy_logps=moved)).losses
     others = torch.arange(batch.num_groups) != 3
     same = torch.equal(losses[others], run(name, batch).losses[others])
@@ -99,7 +100,7 @@ def test_only_kto_lets_one_group_move_another(name: str) -> None:
 def test_a_shift_of_all_scores_of_a_group_changes_nothing(name: str) -> None:
     batch = random_batch()
     shifted = replace(
-        batch, scores=batch.scores + torch.tensor([3.0, -5.0, 0.0, 100.0, 7.0])[batch.group_index]
+        batch, scores=batch.scores + torch.tensor([3.0, -5.0, 0.0, 100.0, 7.0])[batch.groups.segment]
     )
     torch.testing.assert_close(run(name, shifted).losses, run(name, batch).losses, rtol=1e-9, atol=1e-9)
 

@@ -14,6 +14,7 @@ import mpo_megatron
 from mpo_megatron import mpo_loss
 from mpo_megatron.objectives import GroupBatch, get, names
 from mpo_megatron.objectives.metrics import METRICS, group_metrics
+from mpo_megatron.ragged.groups import GroupIndex
 
 F64 = torch.float64
 
@@ -176,9 +177,8 @@ def flat_batch() -> GroupBatch:
         lengths=torch.ones(5),
         scores=torch.tensor([2.0, 1.0, 0.0, 1.0, 0.0]),
         preferred=torch.tensor([True, False, False, True, False]),
-        group_index=torch.tensor([0, 0, 0, 1, 1]),
         response_ids=torch.arange(5),
-        num_groups=2,
+        index=GroupIndex.of([3, 2]),
     )
 
 

@@ -8,14 +8,16 @@ import torch
 
 from mpo_megatron.objectives import GroupBatch
 from mpo_megatron.objectives.pairwise import PAIRS, Pairs
+from mpo_megatron.ragged.groups import GroupIndex
 from tests.helpers.objectives import F64, batch_of, loss_and_gradient, random_batch, run
 
 LN2, LN3 = math.log(2), math.log(3)
 
 
 def pairs_of(batch: GroupBatch, pairs: Pairs) -> set[tuple[int, int]]:
-    better, worse = PAIRS[pairs](batch)
-    return set(zip(better.tolist(), worse.tolist(), strict=True))
+    taken = PAIRS[pairs](batch)
+    first, second = (segments.segment[taken].tolist() for segments in (batch.index.first, batch.index.second))
+    return set(zip(first, second, strict=True))
 
 
 def test_pairs_by_hand() -> None:
@@ -42,10 +44,10 @@ def test_random_pairs_depend_on_the_responses_alone() -> None:
     drawn = dict(pairs_of(batch, "best_random"))
     assert dict(pairs_of(batch, "best_random")) == drawn
     for group in range(0, 40, 7):  # as in a row of its own
-        of = batch.group_index == group
+        of = batch.groups.segment == group
         alone = GroupBatch(
             batch.policy_logps[of], batch.reference_logps[of], batch.lengths[of], batch.scores[of],
-            batch.preferred[of], torch.zeros(5, dtype=torch.int64), batch.response_ids[of], 1,
+            batch.preferred[of], batch.response_ids[of], GroupIndex.of([5]),
         )  # fmt: skip
         ((better, worse),) = pairs_of(alone, "best_random")
         assert drawn[5 * group + better] == 5 * group + worse
@@ -54,7 +56,7 @@ def test_random_pairs_depend_on_the_responses_alone() -> None:
 def test_random_pairs_are_uniform() -> None:
     groups = 4000
     batch = batch_of([[9.0, 1.0, 2.0, 3.0]] * groups, [[0.0] * 4] * groups)
-    _, worse = PAIRS["best_random"](batch)
+    worse = torch.tensor([worse for _, worse in sorted(pairs_of(batch, "best_random"))])
     counts = torch.bincount(worse % 4, minlength=4)
     assert counts[0] == 0
     # Each 4000 / 3, with a standard deviation of 30.

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from mpo_megatron.objectives import GroupBatch, get
+from mpo_megatron.ragged.groups import GroupIndex
 from tests.helpers.objectives import F64
 
 PAIRS, TOKENS = 6, 9
@@ -46,9 +47,8 @@ class Tokens:
             lengths=self.lengths.flatten(),
             scores=torch.tensor([gap, 0.0], dtype=F64).repeat(PAIRS),
             preferred=torch.tensor([True, False]).repeat(PAIRS),
-            group_index=torch.arange(PAIRS).repeat_interleave(2),
             response_ids=torch.arange(2 * PAIRS),
-            num_groups=PAIRS,
+            index=GroupIndex.of([2] * PAIRS),
         )
 
 

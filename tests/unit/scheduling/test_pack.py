@@ -1,5 +1,8 @@
 """A row's tensors, worked out by hand and by invariants over random groups."""
 
+from dataclasses import fields, is_dataclass
+from typing import Any
+
 import numpy as np
 import torch
 from hypothesis import given, settings
@@ -33,21 +36,64 @@ def test_shared_row_by_hand() -> None:
     assert row.tokens.tolist() == [10, 11, 12, 20, 21, 30, 0, 0]
     assert row.position_ids.tolist() == [0, 1, 2, 3, 4, 3, 0, 0]
     # The prompt's last token (place 2) predicts the first token of both responses.
-    assert row.predict_from.tolist() == [2, 3, 2]
+    assert row.reads.places.tolist() == [2, 3, 2]
     assert row.targets.tolist() == [20, 21, 30]
-    assert row.target_response.tolist() == [0, 0, 1]
+    assert row.by_response.segment.tolist() == [0, 0, 1]
     assert row.response_ids.tolist() == [7, 8]
     assert row.lengths.tolist() == [2, 1]
     assert row.preferred.tolist() == [True, False]
     assert (row.num_groups, row.num_responses, row.used_tokens) == (1, 2, 6)
 
 
+def test_what_reads_what_by_hand() -> None:
+    """Places 2, 3, 2 predict the targets: place 2 two of them."""
+    reads = pack_row([group()], [[7, 8]], row_tokens=8, shared_prompt=True).reads
+    assert reads.unread.tolist() == [True, True, False, False, True, True, True, True]
+    assert (reads.target[2].item() in (0, 2), reads.target[3].item()) == (True, 1)
+    assert (reads.several.tolist(), reads.shared_places.tolist()) == ([0, 2], [2])
+    assert reads.by_place.segment.tolist() == [0, 0]
+    # Without sharing each place predicts at most one.
+    reads = pack_row([group()], [[7, 8]], row_tokens=9, shared_prompt=False).reads
+    assert (reads.several.numel(), reads.by_place.count, reads.shared_places.numel()) == (0, 0, 0)
+    assert reads.target[reads.places].tolist() == [0, 1, 2]
+
+
+def test_attention_index_by_hand() -> None:
+    attention = pack_row([group()], [[7, 8]], row_tokens=8, shared_prompt=True).attention
+    assert attention.keys.tolist() == [0, 1, 2, *(0, 1, 2, 3, 4), *(0, 1, 2, 5)]
+    assert attention.cu_queries.tolist() == [0, 3, 5, 6]
+    assert attention.cu_keys.tolist() == [0, 3, 8, 12]
+
+
+def test_a_row_is_one_buffer() -> None:
+    """So it goes to the device in one copy, whatever the kind of row."""
+    rows = [
+        pack_row([group()], [[7, 8]], row_tokens=8, shared_prompt=True, split_slots=[0, 1]),
+        pack_row([group()], [[7, 8]], row_tokens=8, shared_prompt=True, context=(2, 1)),
+        pack_row([], [], row_tokens=4, shared_prompt=True),
+    ]
+    for row in rows:
+        storages = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(row)}
+        assert len(storages) == 1
+    assert len(tensors_of(rows[0])) > 20
+
+
+def tensors_of(record: Any) -> list[torch.Tensor]:
+    found = []
+    for field in fields(record):
+        value = getattr(record, field.name)
+        found += (
+            [value] if isinstance(value, torch.Tensor) else tensors_of(value) if is_dataclass(value) else []
+        )
+    return found
+
+
 def test_repeated_row_by_hand() -> None:
     row = pack_row([group()], [[7, 8]], row_tokens=9, shared_prompt=False)
     assert row.tokens.tolist() == [10, 11, 12, 20, 21, 10, 11, 12, 30]
     assert row.position_ids.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3]
-    assert row.predict_from.tolist() == [2, 3, 7]
-    assert row.group_index.tolist() == [0, 0]
+    assert row.reads.places.tolist() == [2, 3, 7]
+    assert row.index.groups.segment.tolist() == [0, 0]
 
 
 def test_row_of_padding() -> None:
@@ -64,9 +110,9 @@ def test_context_parallel_row_by_hand() -> None:
     assert [row.tokens.tolist() for row in rows] == [[10, 11, 0, 0], [12, 20, 21, 30]]
     assert [row.position_ids.tolist() for row in rows] == [[0, 1, 0, 0], [2, 3, 4, 3]]
     assert [row.used_tokens for row in rows] == [2, 4]
-    assert [row.predict_from.tolist() for row in rows] == [[], [0, 1, 0]]
+    assert [row.reads.places.tolist() for row in rows] == [[], [0, 1, 0]]
     assert [row.targets.tolist() for row in rows] == [[], [20, 21, 30]]
-    assert [row.target_response.tolist() for row in rows] == [[], [0, 0, 1]]
+    assert [row.by_response.segment.tolist() for row in rows] == [[], [0, 0, 1]]
     for row in rows:  # what the loss needs is on both
         assert (row.num_responses, row.lengths.tolist(), row.response_ids.tolist()) == (2, [2, 1], [7, 8])
     assert [row.counted_groups for row in rows] == [1, 0]
@@ -133,9 +179,10 @@ def test_every_target_follows_its_own_prefix(sizes: list[int], shared_prompt: bo
     row = pack_row(groups, ids, row_tokens=1000, shared_prompt=shared_prompt)
     responses = [(g, r) for g in groups for r in g.response_ids]
     for number, (one, response) in enumerate(responses):
-        mine = row.target_response == number
+        mine = row.by_response.segment == number
         assert torch.equal(row.targets[mine], torch.as_tensor(response))
-        first, *rest = row.predict_from[mine].tolist()
+        assert row.by_response.offsets.diff()[number] == len(response)
+        first, *rest = row.reads.places[mine].tolist()
         prompt = slice(first - len(one.prompt_ids) + 1, first + 1)
         assert row.tokens[prompt].tolist() == one.prompt_ids.tolist()
         assert row.position_ids[prompt].tolist() == list(range(len(one.prompt_ids)))
@@ -143,4 +190,4 @@ def test_every_target_follows_its_own_prefix(sizes: list[int], shared_prompt: bo
         assert row.position_ids[rest].tolist() == list(
             range(len(one.prompt_ids), len(one.prompt_ids) + len(rest))
         )
-    assert row.group_index.tolist() == np.repeat(np.arange(len(sizes)), sizes).tolist()
+    assert row.index.groups.segment.tolist() == np.repeat(np.arange(len(sizes)), sizes).tolist()
