@@ -25,7 +25,7 @@ def full_product(left: Tensor, right: Tensor) -> Tensor:
     dtype = torch.promote_types(left.dtype, torch.float32)
     if left.dtype == dtype:
         return left @ right
-    if left.is_cuda and _OUT_DTYPE:
+    if left.device.type == "cuda" and _OUT_DTYPE:
         return torch.mm(left, right, out_dtype=dtype)
     product = left.new_empty((left.size(0), right.size(1)), dtype=dtype)
     whole = left.to(dtype)

@@ -133,3 +133,18 @@ def test_a_float32_folder_of_bf16_weights_is_taken_as_bf16(one_rank: Any, ranks:
     found = ranks(1).run(masters, copy, BF16, True)
     expected, ours = whole(folder, 1, dithered), whole(copy, 1, found)
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_same_masters_of_transformer_engines_layers_and_optimizer(
+    world: int, ranks: Any, te_ranks: Any, tmp_path: Path
+) -> None:
+    """Its layers name the norms otherwise; its FusedAdam updates Megatron's masters, as torch's Adam does."""
+    folder = make_model(tmp_path, "qwen2", dtype=torch.bfloat16)
+    local = ranks(1).run(masters, folder, BF16, True)
+    layout = replace(BF16, distributed_optimizer=world > 1, options={"transformer_engine": True})
+    found = te_ranks(world).run(masters, folder, layout, True)
+    assert all(missed == [] for *_, missed in found)
+    expected, ours = whole(folder, 1, local), whole(folder, 1, found)
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
