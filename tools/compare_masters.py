@@ -43,7 +43,6 @@ COLUMNS = (
     ("accuracy", "accuracy", ".3f"),
     ("distance", "distance, nats", ".3f"),
     ("moved", "weights moved", ".4f"),
-    ("seconds", "s/step", ".1f"),
 )
 
 
@@ -189,7 +188,7 @@ def summary(output: Path, members: Sequence[Member], steps: int) -> Report:
         cells = [f"{rate:g}", way]
         for key, _, style in COLUMNS:
             mean, error = mean_and_error([one[key] for one in runs])
-            cells.append(f"{mean:{style}}" + (f" ± {error:{style.lstrip('+')}}" if key != "seconds" else ""))
+            cells.append(f"{mean:{style}} ± {error:{style.lstrip('+')}}")
             figures[f"{key}/{way}/{rate:g}"] = mean
         rows.append(cells)
     seeds = len({member.seed for member in members})
@@ -220,9 +219,10 @@ def plot(found: Results, path: Path) -> None:
     )
     for (key, title, _), row in zip(COLUMNS, panels, strict=False):
         for rate, panel in zip(rates, row, strict=True):
-            summaries = [mean_and_error([one[key] for one in found[way, rate]]) for way in ways]
-            means, errors = zip(*summaries, strict=True)
-            panel.bar(ways, means, yerr=errors, color=[f"C{i}" for i in range(len(ways))], capsize=3)
+            for number, way in enumerate(ways):
+                if (way, rate) in found:
+                    mean, error = mean_and_error([one[key] for one in found[way, rate]])
+                    panel.bar(way, mean, yerr=error, color=f"C{number}", capsize=3)
             _dress(panel, key, title, rate)
     figure.tight_layout()
     figure.savefig(path, dpi=130)

@@ -5,7 +5,6 @@ As a module of its own, `python -m mpo_megatron.benchmarks.masters RUN` is the p
 """
 
 import json
-import statistics
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,7 +58,7 @@ def run(wanted: Run) -> dict[str, float]:
 
     Returns:
         METRICS on the validation groups, `distance` (root mean square of the responses' log-ratios, in nats), `moved`
-        (part of the weights that are others than at the start), `seconds` (median of the steps).
+        (part of the weights that are others than at the start).
     """
     torch.set_num_threads(wanted.threads)
     job = _build(wanted.overrides)
@@ -67,9 +66,8 @@ def run(wanted: Run) -> dict[str, float]:
     parameters = [parameter for chunk in job.chunks for parameter in unwrap(chunk).parameters()]
     before = [parameter.detach().clone() for parameter in parameters]
     random = torch.Generator().manual_seed(job.setup.config.trainer.seed)
-    seconds = []
     for step in range(1, job.total_steps + 1):
-        seconds.append(train_step(job, step)["seconds"])
+        train_step(job, step)
         if wanted.stochastic:
             for parameter in parameters:
                 parameter.data.copy_(stochastic_rounding(parameter.main_param, random))
@@ -77,7 +75,6 @@ def run(wanted: Run) -> dict[str, float]:
     return {
         **_held_out(job),
         "moved": moved / sum(parameter.numel() for parameter in parameters),
-        "seconds": statistics.median(seconds),
     }
 
 

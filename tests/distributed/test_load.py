@@ -1,7 +1,7 @@
 """What the ranks hold after a start from a Hugging Face folder, and what they say of a folder that is not right."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def load(folder: Path, readers_folder: Path, wanted: Layout) -> Loaded:
         parameter.fill_(float("nan"))
     reads = layout.dp_rank == layout.cp_rank == 0
     load_hf_weights(models, architecture, layout, readers_folder if reads else folder)
-    return Loaded(layout, parameters)
+    return Loaded(replace(layout, control=None), parameters)  # a process group stays in its process
 
 
 def load_error(folder: Path, wanted: Layout) -> str:

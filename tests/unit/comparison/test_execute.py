@@ -96,7 +96,9 @@ def test_an_interrupt_ends_the_ranks(tmp_path: Path) -> None:
         "time.sleep(600)\n"
     )
     tool = (
-        "import pathlib, sys\n"
+        "import pathlib, signal, sys\n"
+        # A shell that runs the tests in the background has them ignore it.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from mpo_megatron.comparison import execute\n"
         "from mpo_megatron.comparison.plan import Run\n"
         f"execute.JOB = pathlib.Path({str(script)!r})\n"
