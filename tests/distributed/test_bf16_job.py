@@ -47,6 +47,8 @@ def test_a_resumed_run_is_the_unbroken_one_to_the_last_bit(
     stopped = ranks(world).run(job_killed_after, broken, 3, tmp_path / "lines", timeout=240)
     assert stopped == ["stopped"] * world
     assert ranks(world).run(job, broken, timeout=240) == [""] * world
+    assert metrics(tmp_path / "straight")[0]["reward_margin"] == 0.0
+    assert metrics(tmp_path / "straight", "validation")[0]["reward_margin"] == 0.0
     for split in ("train", "validation"):
         ours, theirs = metrics(tmp_path / "broken", split), metrics(tmp_path / "straight", split)
         assert len(ours) == len(theirs) >= 2

@@ -97,7 +97,8 @@ def test_nothing_is_seen_before_the_first_step(one_rank: Any) -> None:
 def test_the_same_masters_at_every_layout(name: str, one_rank: Any, ranks: Any) -> None:
     folder, _, dithered = one_rank
     world, layout = LAYOUTS[name]
-    found = ranks(world).run(masters, folder, layout, True)
+    plain, found = (ranks(world).run(masters, folder, layout, on) for on in (False, True))
+    assert torch.equal(plain[0][0], found[0][0])  # log-probs
     assert all(missed == [] for *_, missed in found)
     expected, ours = whole(folder, 1, dithered), whole(folder, layout.tp, found)
     assert ours.keys() == expected.keys()
