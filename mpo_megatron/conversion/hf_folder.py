@@ -145,7 +145,8 @@ class WeightReader:
         """Map a file; safetensors compares its length with its header."""
         try:
             return safe_open(self.folder / file, framework="pt")
-        except (SafetensorError, OSError) as error:
+        # RuntimeError: torch maps a file that safetensors has opened, and does not find it any more.
+        except (SafetensorError, OSError, RuntimeError) as error:
             if _is_lfs_pointer(self.folder / file):
                 raise CheckpointError(
                     f"{self.folder / file} is a Git LFS pointer, not the weights; run: git lfs pull"
