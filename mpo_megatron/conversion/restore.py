@@ -21,10 +21,17 @@ from mpo_megatron.model.provider import GroupModel
 from mpo_megatron.runtime.parallel import ParallelLayout, raise_together
 
 _EXTRA_STATE = "_extra_state"
+# Without it Transformer Engine (2.20) refuses to read delayed scales, which it keeps as pickles.
+_ALLOWS_PICKLES = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
 
-def load_state(state: dict[str, Any], folder: str | Path, layout: ParallelLayout) -> dict[str, Any]:
+def load_state(
+    state: dict[str, Any], folder: str | Path, layout: ParallelLayout, *, extra_state: bool = True
+) -> dict[str, Any]:
     """Load a sharded state dictionary from a checkpoint; `_extra_state` that it lacks is left out. All ranks call it.
+
+    Args:
+        extra_state: whether to load what there is of it; a model that only takes weights has no use for it.
 
     Raises:
         CheckpointError: the folder is no such checkpoint, is incomplete, or is of another model; on all ranks.
@@ -36,7 +43,7 @@ def load_state(state: dict[str, Any], folder: str | Path, layout: ParallelLayout
         error = caught
     raise_together(error, layout)
     assert reader is not None
-    present = set(reader.objects)
+    present = set(reader.objects) if extra_state else set()
     _, wanted = extract_matching_values(
         state,
         lambda v: isinstance(v, ShardedObject) and _EXTRA_STATE in v.key and v.unique_key not in present,
@@ -54,21 +61,34 @@ def load_state(state: dict[str, Any], folder: str | Path, layout: ParallelLayout
     return loaded
 
 
-def fill_model(model: nn.Module, state: dict[str, Any]) -> None:
-    """Load a model's state; only `_extra_state` may be missing from it."""
-    missing, unexpected = model.load_state_dict(state, strict=False)
+def fill_model(model: nn.Module, state: dict[str, Any], folder: str | Path) -> None:
+    """Load a model's state, of the checkpoint `folder`; only `_extra_state` may be missing from it.
+
+    Raises:
+        CheckpointError: it has the past of delayed FP8 scales, and reading that has not been allowed.
+    """
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        if _ALLOWS_PICKLES not in str(error):
+            raise
+        raise CheckpointError(
+            f"{folder} has the past of delayed FP8 scales as Python pickles, which can run any code, and Transformer "
+            f"Engine reads them only where {_ALLOWS_PICKLES}=1; set that if you trust the checkpoint (another "
+            "model.fp8_recipe has no past, and a new run that starts from its weights needs none)"
+        ) from error
     missing = [name for name in missing if not name.endswith(_EXTRA_STATE)]
     assert not missing, f"missing {missing}"
     assert not unexpected, f"unexpected {unexpected}"
 
 
 def load_megatron_weights(models: Sequence[GroupModel], layout: ParallelLayout, folder: str | Path) -> None:
-    """Fill this rank's unwrapped model chunks; all ranks call it.
+    """Fill this rank's unwrapped model chunks with weights alone; all ranks call it.
 
     Raises:
         CheckpointError: see `load_state`.
     """
     states = {f"model{i}": model.sharded_state_dict() for i, model in enumerate(models)}
-    loaded = load_state(states, folder, layout)
+    loaded = load_state(states, folder, layout, extra_state=False)
     for i, model in enumerate(models):
-        fill_model(model, loaded[f"model{i}"])
+        fill_model(model, loaded[f"model{i}"], folder)

@@ -17,25 +17,47 @@ from mpo_megatron.model.architecture import Architecture
 class Recipe:
     """How scales are found.
 
+    What a machine needs is what Transformer Engine 2.20 (pytorch/quantization.py) and Megatron-core 0.16 (fp8_utils.py)
+    ask when the first layer runs.
+
     Attributes:
         capability: the least CUDA compute capability.
         chips: those that have it, for people.
         multiple: of the sizes of matrices on a tensor-parallel rank, and of a rank's tokens of a row.
         scales: what a scale is of, for people.
+        below: the compute capability from which it is missing again; None: none.
+        cuda: the first CUDA that torch must have been built with.
+        transformer_engine: the first version that has it.
     """
 
     capability: tuple[int, int]
     chips: str
     multiple: int
     scales: str
+    below: tuple[int, int] | None = None
+    cuda: tuple[int, int] = (12, 1)
+    transformer_engine: tuple[int, int] = (2, 2)
 
 
 RECIPES = {
     "delayed": Recipe((8, 9), "Ada, Hopper or later", 16, "a tensor in earlier steps"),
     "tensorwise": Recipe((8, 9), "Ada, Hopper or later", 16, "a tensor as it is"),
-    "blockwise": Recipe((9, 0), "Hopper or later", 128, "blocks of 128 numbers"),
-    "mxfp8": Recipe((10, 0), "Blackwell or later", 32, "blocks of 32 numbers"),
+    "blockwise": Recipe(
+        (9, 0), "Hopper or later", 128, "blocks of 128 numbers", cuda=(12, 9), transformer_engine=(2, 3)
+    ),
+    "mxfp8": Recipe(
+        (10, 0), "the Blackwell chips of data centres", 32, "blocks of 32 numbers", below=(12, 0)
+    ),
 }
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What decides which recipes run: the GPU's compute capability, and the versions of the libraries."""
+
+    capability: tuple[int, int]
+    cuda: tuple[int, int]
+    transformer_engine: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -107,24 +129,39 @@ def _smaller(multiple: int) -> str:
     return f"model.fp8_recipe to {' or '.join(fitting)}, " if fitting else ""
 
 
-def check_chip(fp8: Fp8, capability: tuple[int, int]) -> None:
-    """Check that a GPU of this compute capability has the recipe.
+def check_machine(fp8: Fp8, machine: Machine) -> None:
+    """Check that this machine has the recipe.
 
     Raises:
         ConfigError: it has not.
     """
-    recipe = RECIPES[fp8.recipe]
-    if capability < recipe.capability:
-        have = [name for name, other in RECIPES.items() if other.capability <= capability]
-        raise ConfigError(
-            f"model.fp8_recipe={fp8.recipe} needs {recipe.chips} (compute capability "
-            f"{'.'.join(map(str, recipe.capability))}), and this GPU has {'.'.join(map(str, capability))}; "
-            + (
-                f"choose {' or '.join(have)}"
-                if have
-                else "remove model.fp8: bf16 is what this GPU is fastest in"
-            )
+    problem = _lacks(RECIPES[fp8.recipe], machine)
+    if problem is not None:
+        have = [name for name, other in RECIPES.items() if _lacks(other, machine) is None]
+        fix = (
+            f"choose {' or '.join(have)}" if have else "remove model.fp8: bf16 is what this GPU is fastest in"
         )
+        raise ConfigError(f"model.fp8_recipe={fp8.recipe} needs {problem}; {fix}")
+
+
+def _lacks(recipe: Recipe, machine: Machine) -> str | None:
+    """What the recipe needs and what there is instead; None: the machine has it."""
+    beyond = recipe.below is not None and machine.capability >= recipe.below
+    if machine.capability < recipe.capability or beyond:
+        needed = f"compute capability {_text(recipe.capability)}"
+        if recipe.below is not None:
+            needed += f" or more and below {_text(recipe.below)}"
+        return f"{recipe.chips} ({needed}), and this GPU has {_text(machine.capability)}"
+    if machine.cuda < recipe.cuda:
+        return f"a torch for CUDA {_text(recipe.cuda)} or later, and this one is for {_text(machine.cuda)}"
+    if machine.transformer_engine < recipe.transformer_engine:
+        needed, found = _text(recipe.transformer_engine), _text(machine.transformer_engine)
+        return f"Transformer Engine {needed} or later, and this is {found}"
+    return None
+
+
+def _text(numbers: tuple[int, int]) -> str:
+    return ".".join(map(str, numbers))
 
 
 def row_alignment(fp8: Fp8 | None, tp: int, device: torch.device) -> int:

@@ -22,10 +22,12 @@ class Library:
     Attributes:
         name: for people, with its version if it is there.
         problem: why it cannot be used, as the end of a sentence; None: it can.
+        version: its first two numbers; (0, 0) if it is not known.
     """
 
     name: str
     problem: str | None = None
+    version: tuple[int, int] = (0, 0)
 
 
 def _named(name: str, package: str) -> str:
@@ -52,9 +54,12 @@ def transformer_engine() -> Library:
     except Exception as error:
         return Library(name, _failure("transformer_engine", error))
     found = name.removeprefix("Transformer Engine").strip()
-    if found and _numbers(found) < TRANSFORMER_ENGINE:
-        return Library(name, f"is too old; {'.'.join(map(str, TRANSFORMER_ENGINE))} or later is needed")
-    return Library(name, None if HAVE_TE else "could not be imported by Megatron-core")
+    numbers = version_numbers(found) if found else (0, 0)
+    if found and numbers < TRANSFORMER_ENGINE:
+        return Library(
+            name, f"is too old; {'.'.join(map(str, TRANSFORMER_ENGINE))} or later is needed", numbers
+        )
+    return Library(name, None if HAVE_TE else "could not be imported by Megatron-core", numbers)
 
 
 @cache
@@ -72,12 +77,15 @@ def flash_attention() -> Library:
 def torch_varlen_attention() -> Library:
     """torch's own kernel for sequences of different lengths: before 2.13 it has no grouped-query attention."""
     name = f"torch {torch.__version__}"
-    return Library(name, None if _numbers(torch.__version__) >= (2, 13) else "is too old; 2.13 is needed")
+    return Library(
+        name, None if version_numbers(torch.__version__) >= (2, 13) else "is too old; 2.13 is needed"
+    )
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def version_numbers(text: str) -> tuple[int, int]:
     """(2, 13) of "2.13.0+cu130"."""
-    return tuple(int(part) for part in text.split("+")[0].split(".")[:2])
+    major, minor = text.split("+")[0].split(".")[:2]
+    return int(major), int(minor)
 
 
 def settings() -> list[str]:

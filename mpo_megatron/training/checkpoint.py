@@ -77,11 +77,12 @@ def load_checkpoint(
     """Fill model, optimizer and schedule from a checkpoint of any layout. Returns the optimizer steps that it had done.
 
     Raises:
-        CheckpointError: the folder is not a complete checkpoint, or is of another model; on all ranks.
+        CheckpointError: the folder is not a complete checkpoint, is of another model, or has delayed FP8 scales that
+            may not be read; on all ranks.
     """
     loaded = load_state(_state(chunks, optimizer, schedule, 0, is_loading=True), path, layout)
     for i, chunk in enumerate(chunks):
-        fill_model(unwrap(chunk), loaded[f"model{i}"])
+        fill_model(unwrap(chunk), loaded[f"model{i}"], path)
     load_optimizer(optimizer, loaded["optimizer"])
     schedule.load_state_dict(loaded["schedule"])
     return int(loaded["step"])

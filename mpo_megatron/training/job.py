@@ -148,8 +148,9 @@ def _fp8_lines(fp8: Fp8 | None) -> list[str]:
     lines = [f"fp8         {fp8}"]
     if not fp8.repeats_itself:
         lines.append(
-            "            margins at step 0 will not be exactly 0: delayed scales come from earlier passes, and the "
-            "reference pass has had others than the first step; model.fp8_recipe=tensorwise has no past"
+            "            margins at step 0 need not be exactly 0: delayed scales change from row to row of a training "
+            "step, and the reference pass had the first ones; to resume needs "
+            "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE=1; model.fp8_recipe=tensorwise has no past"
         )
     return lines
 

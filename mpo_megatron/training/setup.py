@@ -17,9 +17,10 @@ from mpo_megatron.data import GroupDataset, Selection, TokenizeOptions, build_da
 from mpo_megatron.errors import ConfigError
 from mpo_megatron.model.architecture import Architecture, check_layout, read_architecture
 from mpo_megatron.model.attention import choose_backend
-from mpo_megatron.model.fp8 import Fp8, check_chip, check_fp8, row_alignment
+from mpo_megatron.model.fp8 import Fp8, Machine, check_fp8, check_machine, row_alignment
 from mpo_megatron.model.provider import ModelOptions, no_transformer_engine, uses_transformer_engine
 from mpo_megatron.objectives.registry import Objective
+from mpo_megatron.runtime import capabilities
 from mpo_megatron.runtime.device import choose_device
 from mpo_megatron.runtime.parallel import ParallelLayout, initialize, raising_together
 from mpo_megatron.scheduling.order import in_order, step_groups, steps_per_epoch
@@ -181,7 +182,9 @@ def model_options(config: Config, device: torch.device) -> ModelOptions:
             raise ConfigError(
                 f"model.fp8={model.fp8} is of Transformer Engine's layers: {problem}; mend that, or remove model.fp8"
             )
-        check_chip(fp8, torch.cuda.get_device_capability(device))
+        cuda = capabilities.version_numbers(torch.version.cuda or "0.0")
+        library = capabilities.transformer_engine().version
+        check_machine(fp8, Machine(torch.cuda.get_device_capability(device), cuda, library))
     return ModelOptions(
         fp8=fp8,
         dtype=dtype,

@@ -61,6 +61,9 @@ def make_extension(sources: Path) -> ModuleType:
         setattr(extension, name, enum.IntEnum(name, {member: i for i, member in enumerate(members)}))
     for name, answer in _ANSWERS.items():
         setattr(extension, name, lambda *args, answer=answer: answer)
+    none: Any = extension.NVTE_Fused_Attn_Backend.NVTE_No_Backend
+    # Its unfused path, of torch operations, is what is left.
+    extension.get_fused_attn_backend = lambda *args, **kwargs: (none, "a CPU has none")  # type: ignore[attr-defined]
     for module in (operations, float8):
         for name in module.__all__:
             setattr(extension, name, getattr(module, name))

@@ -1,6 +1,7 @@
 """Casts to 8-bit numbers as Transformer Engine's quantizers ask for them, with torch's own 8-bit types.
 
 Scaling by tensor: current (the scale comes from the tensor) and delayed (the scale is given, the largest value noted).
+Scaling by blocks is in `block_scaling`.
 """
 
 from typing import Any
@@ -9,15 +10,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tests.helpers.transformer_engine import block_scaling
 from tests.helpers.transformer_engine.dtypes import FLOAT8, TORCH, DType
 
 __all__ = ["bgrad_quantize", "create_empty_quantized_tensor", "dequantize", "fp8_transpose", "quantize"]
 
 
-def plain(tensor: Any) -> Tensor:
-    """The values of a tensor that may be an 8-bit one, those in float32."""
+def plain(tensor: Any, by_columns: bool = False) -> Tensor:
+    """The values of a tensor that may be an 8-bit one, those in float32; blocks run along rows or columns."""
     if type(tensor) in (Tensor, torch.nn.Parameter):
         return tensor
+    if block_scaling.is_blockwise(tensor):
+        return block_scaling.values(tensor, by_columns)
     kind = FLOAT8[DType(int(tensor._fp8_dtype))].dtype
     if tensor._data is not None:
         return tensor._data.view(kind).float() * tensor._scale_inv
@@ -30,6 +34,8 @@ def quantize(tensor: Tensor, quantizer: Any, out: Any = None, noop: Any = None) 
     from transformer_engine.pytorch.tensor.float8_tensor import Float8Tensor
     from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
 
+    if block_scaling.is_blockwise(quantizer):
+        return block_scaling.quantize(tensor, quantizer, out)
     kind = FLOAT8[DType(int(quantizer.dtype))]
     values = tensor.detach().float()
     scale = _scale(values, quantizer, kind.largest)
@@ -39,8 +45,8 @@ def quantize(tensor: Tensor, quantizer: Any, out: Any = None, noop: Any = None) 
     if out is not None:
         if out._data is not None:
             out._data.copy_(data)
-        if transposed is not None:
-            out._transpose, out._transpose_invalid = transposed, False
+        # One that is not asked for now is of older values: the kernels' caller takes it away, too.
+        out._transpose, out._transpose_invalid = transposed, transposed is None
         out._scale_inv.copy_(inverse)
         return out
     parts: dict[str, Any] = {

@@ -26,6 +26,7 @@ __all__ = [
     "multi_tensor_scale_tensor",
     "rmsnorm_bwd",
     "rmsnorm_fwd",
+    "swap_first_dims",
 ]
 
 
@@ -45,7 +46,8 @@ def generic_gemm(
     """
     assert not gelu, "no fused activation"
     assert others.get("alpha", 1.0) == 1.0
-    left, right = plain(b), plain(a)
+    # Blocks of 8-bit operands run along what the product sums over.
+    left, right = plain(b, by_columns=transpose_b), plain(a, by_columns=not transpose_a)
     rows, columns = left.flatten(0, -2), right.flatten(0, -2)
     common = torch.promote_types(rows.dtype, columns.dtype)
     product = (rows.t() if transpose_b else rows).to(common) @ (columns.t() if transpose_a else columns).to(
@@ -157,6 +159,11 @@ def convert_bshd_to_thd(padded: Tensor, cu_seqlens: Tensor, total: int) -> Tenso
     """The reverse of `convert_thd_to_bshd`."""
     lengths = cu_seqlens.diff().tolist()
     return torch.cat([sequence[:length] for sequence, length in zip(padded, lengths, strict=True)])
+
+
+def swap_first_dims(tensor: Tensor, out: Tensor | None = None) -> Tensor:
+    swapped = tensor.transpose(0, 1).contiguous()
+    return swapped if out is None else out.copy_(swapped)
 
 
 def multi_tensor_l2norm(

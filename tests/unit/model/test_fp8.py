@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mpo_megatron.errors import ConfigError
-from mpo_megatron.model.fp8 import RECIPES, Fp8, check_chip, check_fp8, row_alignment
+from mpo_megatron.model.fp8 import RECIPES, Fp8, Machine, check_fp8, check_machine, row_alignment
 
 LLAMA_8B = {"hidden_size": 4096, "ffn_hidden_size": 14336, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128,
             "num_layers": 32, "experts": None}  # fmt: skip
@@ -58,17 +58,36 @@ def test_smollm2_fits_scaling_by_tensor() -> None:
         check_fp8(Fp8("hybrid", recipe), architecture(SMOLLM2), 1)
 
 
-def test_chips() -> None:
-    ampere, hopper, blackwell = (8, 0), (9, 0), (10, 0)
-    with pytest.raises(
-        ConfigError, match=r"needs Ada, Hopper or later .*this GPU has 8.0; remove model.fp8: bf16 is"
-    ):
-        check_chip(Fp8("hybrid"), ampere)
-    with pytest.raises(ConfigError, match=r"needs Blackwell .*; choose delayed or tensorwise or blockwise"):
-        check_chip(Fp8("e4m3", "mxfp8"), hopper)
+def machine(*capability: int, cuda: tuple[int, int] = (13, 0), library: tuple[int, int] = (2, 20)) -> Machine:
+    return Machine((capability[0], capability[1]), cuda, library)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "machine", "message"),
+    [
+        ("tensorwise", machine(8, 0), "needs Ada, Hopper or later (compute capability 8.9), and this GPU has 8.0; "
+                                      "remove model.fp8: bf16 is what this GPU is fastest in"),
+        ("mxfp8", machine(9, 0), "needs the Blackwell chips of data centres (compute capability 10.0 or more and "
+                                 "below 12.0), and this GPU has 9.0; choose delayed or tensorwise or blockwise"),
+        ("mxfp8", machine(12, 0), "below 12.0), and this GPU has 12.0; choose delayed or tensorwise or blockwise"),
+        ("blockwise", machine(8, 9), "and this GPU has 8.9; choose delayed or tensorwise"),
+        ("blockwise", machine(9, 0, cuda=(12, 8)), "needs a torch for CUDA 12.9 or later, and this one is for 12.8; "
+                                                   "choose delayed or tensorwise"),
+        ("blockwise", machine(9, 0, library=(2, 2)), "needs Transformer Engine 2.3 or later, and this is 2.2; choose"),
+    ],
+)  # fmt: skip
+def test_a_recipe_that_the_machine_lacks(recipe: str, machine: Machine, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        check_machine(Fp8("hybrid", recipe), machine)
+    assert "\n" not in str(caught.value)
+
+
+def test_recipes_that_machines_have() -> None:
     for recipe in ("delayed", "tensorwise", "blockwise"):
-        check_chip(Fp8("hybrid", recipe), hopper)
-    check_chip(Fp8("e4m3", "mxfp8"), blackwell)
+        check_machine(Fp8("hybrid", recipe), machine(9, 0, cuda=(12, 9)))
+    for recipe in ("delayed", "tensorwise"):
+        check_machine(Fp8("hybrid", recipe), machine(8, 9))
+    check_machine(Fp8("e4m3", "mxfp8"), machine(10, 0))
 
 
 def test_rows_are_multiples_of_what_kernels_and_recipes_need() -> None:

@@ -47,7 +47,8 @@ def test_a_model_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert done.returncode == 0, done.stderr
     assert "tokens in float32: log-probabilities differ by at most " in done.stdout
     assert "in the mean: the same model (tolerance 0.001)\n" in done.stdout
-    assert done.stderr == ""
+    # What torch says of itself where there is a CUDA toolkit and no GPU.
+    assert [line for line in done.stderr.splitlines() if "No CUDA runtime is found" not in line] == []
 
     assert convert_checkpoint.main(["export", "--checkpoint", str(imported), "--output", str(exported)]) == 0
     assert f"{exported}: Hugging Face folder of {imported}" in capsys.readouterr().out
