@@ -96,6 +96,12 @@ class Segment:
     def num_keys(self) -> int:
         return sum(span.length for span in self.keys)
 
+    @property
+    def attention_pairs(self) -> int:
+        """Query-key pairs that the mask leaves: of q queries the last sees all k keys, the first k - q + 1."""
+        queries = self.queries.length
+        return queries * self.num_keys - queries * (queries - 1) // 2
+
 
 def context_spans(row_tokens: int, size: int, rank: int) -> tuple[Span, ...]:
     """What context-parallel rank `rank` of `size` holds of a row, in the row's order.

@@ -63,11 +63,16 @@ class CostModel:
     per_attention_pair: float
     per_response_token: float
 
-    def of(self, group: GroupLengths, shared_prompt: bool) -> float:
+    def forward(self, tokens: float, attention_pairs: float, response_tokens: float) -> float:
         return (
-            self.per_token * group.row_tokens(shared_prompt)
-            + self.per_attention_pair * group.attention_pairs(shared_prompt)
-            + self.per_response_token * sum(group.responses)
+            self.per_token * tokens
+            + self.per_attention_pair * attention_pairs
+            + self.per_response_token * response_tokens
+        )
+
+    def of(self, group: GroupLengths, shared_prompt: bool) -> float:
+        return self.forward(
+            group.row_tokens(shared_prompt), group.attention_pairs(shared_prompt), sum(group.responses)
         )
 
 

@@ -29,6 +29,7 @@ from mpo_megatron.training.optimizer import build_optimizer, build_schedule, wra
 from mpo_megatron.training.reference import cache_path, reference_key, reference_logps
 from mpo_megatron.training.report import progress, say
 from mpo_megatron.training.setup import Setup, Split
+from mpo_megatron.training.throughput import Throughput, expectation, measure
 
 # Beside a checkpoint: the identity of the run that it belongs to.
 IDENTITY_FILE = "run.json"
@@ -46,6 +47,7 @@ class Job:
     experiment: Experiment | None  # on rank 0
     folder: Path
     sample: WeightSample | None  # of bf16 weights
+    throughput: Throughput
     exports: BackgroundExports = field(default_factory=BackgroundExports)  # used on rank 0
 
     @property
@@ -69,8 +71,9 @@ def build_job(setup: Setup) -> Job:
     """
     config, layout, options = setup.config, setup.layout, setup.model_options
     experiment, folder = _open_experiment(setup)
+    throughput = measure(setup)
     if layout.is_main:
-        _introduce(setup, folder)
+        _introduce(setup, folder, throughput)
 
     tensor_parallel.model_parallel_cuda_manual_seed(config.trainer.seed)
     chunks = build_model(setup.architecture, layout, options)
@@ -81,7 +84,7 @@ def build_job(setup: Setup) -> Job:
     splits = [setup.train] + ([setup.validation] if setup.validation else [])
     references = {split.name: _reference(split, chunks, setup) for split in splits}
     sample = WeightSample([unwrap(chunk) for chunk in chunks]) if options.dtype == torch.bfloat16 else None
-    return Job(setup, chunks, optimizer, schedule, references, experiment, folder, sample)
+    return Job(setup, chunks, optimizer, schedule, references, experiment, folder, sample, throughput)
 
 
 def _load_weights(chunks: list[Any], setup: Setup) -> None:
@@ -105,7 +108,7 @@ def _open_experiment(setup: Setup) -> tuple[Experiment | None, Path]:
     return experiment, Path(folder[0])
 
 
-def _introduce(setup: Setup, folder: Path) -> None:
+def _introduce(setup: Setup, folder: Path, throughput: Throughput) -> None:
     """The first lines of a run: what, on what, with which data, where the results go."""
     config, layout, architecture = setup.config, setup.layout, setup.architecture
     model = config.model
@@ -136,6 +139,7 @@ def _introduce(setup: Setup, folder: Path) -> None:
         + (f"{split} groups are larger and run in two passes" if split else "every group fits one")
         + ("; all run twice, for the whole global batch" if setup.entry.needs_global_batch else ""),
         f"steps       {steps} of {model.global_batch_size} groups ({steps / per_epoch:.2g} epochs)",
+        *expectation(setup, throughput),
         f"results in  {folder}",
     ]
     for line in lines:

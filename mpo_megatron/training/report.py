@@ -27,7 +27,7 @@ def progress(title: str, unit: str, shown: bool) -> Callable[[Iterable[Any]], It
 
 
 class TrainingBar:
-    """The bar of the training loop: loss, reward margin, accuracy, groups/s, tokens/s, time left."""
+    """The bar of the training loop: loss, reward margin, accuracy, groups/s, tokens/s, MFU, peak memory, time left."""
 
     def __init__(self, total_steps: int, done: int, shown: bool) -> None:
         self._bar = tqdm(
@@ -42,9 +42,11 @@ class TrainingBar:
 
     def advance(self, values: dict[str, float]) -> None:
         """One step further, with its metrics."""
+        mfu = f", MFU {values['mfu']:.0%}" if "mfu" in values else ""
         self._bar.set_postfix_str(
             f"loss {values['loss']:.4f}, margin {values['reward_margin']:+.3f}, accuracy {values['accuracy']:.2f}, "
-            f"{values['groups_per_second']:.2f} groups/s, {values['tokens_per_second']:.0f} tokens/s",
+            f"{values['groups_per_second']:.2f} groups/s, {values['tokens_per_second']:.0f} tokens/s, "
+            f"{values['tflops']:.3g} TFLOP/s a rank{mfu}, {values['peak_memory'] / 2**30:.3g} GiB",
             refresh=False,
         )
         self._bar.update()

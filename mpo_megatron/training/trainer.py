@@ -93,6 +93,7 @@ def train_step(job: Job, step: int) -> dict[str, float]:
         "fill": rows.fill,
         "split_groups": rows.split_groups,
         "seconds": seconds,
+        **job.throughput.of_step(setup.train.steps[step - 1], seconds),
     }
 
 

@@ -13,7 +13,7 @@ from tests.helpers.models import make_model
 
 BF16 = ("trainer.precision=bf16", "model.optim.master_weights=auto", "trainer.max_steps=6",
         "model.export_dtype=float32")  # fmt: skip
-TIMES = {"groups_per_second", "tokens_per_second", "seconds"}
+TIMES = {"groups_per_second", "tokens_per_second", "seconds", "tflops", "mfu", "peak_memory"}
 
 
 @pytest.fixture(scope="module")

@@ -314,8 +314,33 @@ def test_bfloat16_and_the_other_objective_run(inputs: dict[str, Path], ranks: An
         "lr",
         "groups_per_second",
         "tokens_per_second",
+        "tflops",
+        "mfu",
+        "peak_memory",
     }
     assert keys <= metrics(tmp_path)[0].keys()
+
+
+def test_the_plan_is_said_before_and_what_is_achieved_beside(
+    inputs: dict[str, Path], ranks: Any, tmp_path: Path
+) -> None:
+    more = ["model.tensor_model_parallel_size=2", "trainer.max_steps=2", "model.data.validation=null"]
+    first, second = ranks(2).run(printed, arguments(inputs, tmp_path, *more), timeout=240)
+    lines = first.splitlines()
+    (start,) = [i for i, line in enumerate(lines) if line.startswith("planned ")]
+    assert re.search(
+        r"GiB on each rank of the largest stage: weights .* activations .* temporary", lines[start]
+    )
+    (flops,) = re.findall(r"([\d.e+-]+) TFLOP in the first step, ([\d.e+-]+) with repeated", lines[start + 1])
+    assert 0 < float(flops[0]) < float(flops[1])
+    assert "GB of TP all-gather" in lines[start + 1]
+    assert "GFLOP/s a rank, measured in matrix products now" in lines[start + 2]
+    assert "planned" not in second
+    for line in metrics(tmp_path):
+        assert 0 < line["mfu"] < 1.5  # of a rank's own products, on processors that others use too
+        assert line["peak_memory"] > 2**26  # torch alone takes more
+    rate = metrics(tmp_path)[0]["tflops"] * metrics(tmp_path)[0]["seconds"] * 2
+    assert rate == pytest.approx(float(flops[0]), rel=1e-3)
 
 
 def test_without_a_reference_no_pass_computes_it(inputs: dict[str, Path], ranks: Any, tmp_path: Path) -> None:

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 
 from mpo_megatron.conversion.convert import export_checkpoint
 from tests.distributed.faults import replaced
+from tests.distributed.test_bf16_job import TIMES
 from tests.distributed.test_main_job import arguments, job, job_killed_after, metrics, write_data
 from tests.helpers.models import make_llama
 
-TIMES = {"groups_per_second", "tokens_per_second", "seconds"}
 JOB = ("trainer.precision=bf16", "trainer.accelerator=cpu", "model.transformer_impl=transformer_engine",
        "model.attention_backend=sdpa", "model.max_tokens_per_micro_batch=128", "trainer.max_steps=6")  # fmt: skip
 TP2 = ["model.tensor_model_parallel_size=2"]

@@ -1,6 +1,6 @@
 """Which part of the package may import which, checked on the source of every file.
 
-    config ← data, ragged ← scheduling ← model, objectives ← training
+    config ← data, ragged ← scheduling ← model, objectives ← planning, conversion ← training
 
 `errors` is free to all. Only examples/ and tools/ (and tests/) import training.
 """
@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "conversion": {"config", "data", "ragged", "scheduling", "model", "runtime"},
     "rollout": {"config", "data"},
     "comparison": {"config", "objectives"},
+    "planning": {"config", "data", "scheduling", "model"},
     "training": {
         "config",
         "data",
@@ -38,6 +39,7 @@ MAY_IMPORT = {
         "model",
         "objectives",
         "conversion",
+        "planning",
         "rollout",
     },
     "benchmarks": {
@@ -65,6 +67,7 @@ DOES_WITHOUT = {
     "mpo_megatron/objectives": {"megatron"},
     "mpo_megatron/rollout": {"megatron"},
     "mpo_megatron/comparison": {"megatron", "nemo"},
+    "mpo_megatron/planning": {"torch", "megatron", "nemo"},
 }
 # Not on every machine: imported only where they are used, inside functions.
 NEVER_AT_MODULE_LEVEL = {"transformer_engine", "apex", "flash_attn", "vllm", "wandb", "trl"}

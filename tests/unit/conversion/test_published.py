@@ -4,17 +4,13 @@ layouts that such a model is trained at is filled by them: on the meta device, w
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mpo_megatron.conversion.load import global_parameter_names
@@ -22,7 +18,8 @@ from mpo_megatron.conversion.names import TIED_OUTPUT, by_megatron_name, entries
 from mpo_megatron.conversion.transforms import COLUMNS, REPLICATED, Cut, Kind
 from mpo_megatron.model.architecture import Architecture, architecture_of, check_layout
 from mpo_megatron.model.provider import ModelOptions, build_model, unwrap
-from mpo_megatron.runtime.parallel import ParallelLayout, current_layout
+from mpo_megatron.runtime.parallel import ParallelLayout
+from tests.helpers.fake_ranks import as_rank
 from tests.helpers.models import saved_parameters
 
 pytestmark = pytest.mark.filterwarnings("ignore:full scope is deprecated")
@@ -69,20 +66,6 @@ def test_published_model_is_mapped(name: str) -> None:
     ours = [source for entry in entries(architecture) for source in entry.hugging_face]
     assert sorted(ours) == sorted(theirs)
     assert architecture.num_parameters == PARAMETERS[name] == sum(shape.numel() for shape in theirs.values())
-
-
-@contextmanager
-def as_rank(rank: int, tp: int, pp: int, vpp: int) -> Iterator[ParallelLayout]:
-    """This process as one rank of a world, in groups that send nothing."""
-    dist.init_process_group("fake", rank=rank, world_size=tp * pp, store=FakeStore())
-    try:
-        parallel_state.initialize_model_parallel(
-            tp, pp, vpp if vpp > 1 else None, create_gloo_process_groups=False
-        )
-        yield current_layout(torch.device("cpu"))
-    finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
 
 
 @dataclass
