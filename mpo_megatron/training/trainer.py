@@ -79,7 +79,9 @@ def train_step(job: Job, step: int) -> dict[str, float]:
     _check_finite("loss", values["loss"], step, setup, rows)
     values["lr"] = job.optimizer.param_groups[0]["lr"]
     before = None if job.sample is None else job.sample.values()
-    _, values["grad_norm"], _ = job.optimizer.step()
+    _, norm, _ = job.optimizer.step()
+    # With Transformer Engine's kernels a tensor on the device, in Megatron-core 0.19.
+    values["grad_norm"] = float(norm)
     if job.sample is not None and before is not None:
         values["moved_fraction"] = job.sample.moved_since(before)
     _check_finite("gradient norm", values["grad_norm"], step, setup, rows)
