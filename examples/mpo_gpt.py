@@ -17,6 +17,7 @@ from omegaconf import DictConfig  # noqa: E402
 
 from mpo_megatron.config import check_overrides, parse, register_schema  # noqa: E402
 from mpo_megatron.errors import UserError  # noqa: E402
+from mpo_megatron.runtime.meeting import starting_together  # noqa: E402
 from mpo_megatron.training.trainer import train  # noqa: E402
 
 _composed: list[DictConfig] = []
@@ -32,9 +33,11 @@ def main() -> int:
     """Run the job. Returns the exit status; what a user must mend is one sentence, not a traceback."""
     register_schema()
     try:
-        check_overrides(sys.argv[1:])
-        compose()
-        train(parse(_composed[0]))
+        with starting_together():
+            check_overrides(sys.argv[1:])
+            compose()
+            config = parse(_composed[0])
+        train(config)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)

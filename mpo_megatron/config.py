@@ -26,6 +26,7 @@ class TrainerConfig:
 
     num_nodes: int = 1
     devices: int | None = None  # ranks on each node; None: as many as torchrun started
+    distributed_timeout_minutes: int = 30  # after which a collective that waits for a rank counts as hung
     accelerator: str = "auto"  # auto (the GPU where there is one) | gpu | cpu
     precision: int | str = "bf16"  # bf16 | 32
     seed: int = 1234
@@ -334,7 +335,7 @@ def _check(config: Config) -> None:
         "head_chunk_size",
     ):
         _at_least(f"model.{name}", getattr(model, name), 1)
-    for name in ("num_nodes", "max_epochs", "log_every_n_steps"):
+    for name in ("num_nodes", "max_epochs", "log_every_n_steps", "distributed_timeout_minutes"):
         _at_least(f"trainer.{name}", getattr(trainer, name), 1)
     for name in ("val_check_interval", "save_interval", "gradient_clip_val"):
         _at_least(f"trainer.{name}", getattr(trainer, name), 0)

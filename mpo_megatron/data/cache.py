@@ -2,9 +2,11 @@
 reads it."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import shutil
+import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
@@ -159,13 +161,21 @@ def with_progress(groups: Iterable[ScoredGroup], title: str) -> Iterable[ScoredG
 
 @contextmanager
 def published(folder: Path) -> Iterator[Path]:
-    """A folder to fill, renamed to `folder` at the end and removed on an error. The caller holds the lock."""
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    """A folder to fill, renamed to `folder` at the end and removed on an error. The caller holds the lock.
+
+    Some network file systems keep a lock to one node. So each node fills a folder of its own, and of those that fill
+    the same one the first gives it its name.
+    """
+    unfinished = folder.with_name(f"{folder.name}.{socket.gethostname()}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
     unfinished.mkdir()
     try:
         yield unfinished
-        unfinished.rename(folder)
+        try:
+            unfinished.rename(folder)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

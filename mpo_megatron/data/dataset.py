@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from mpo_megatron.data.cache import DataReport, cache_key, published, with_progress, write_cache
 from mpo_megatron.data.readers import read_groups
+from mpo_megatron.data.schema import DataError
 from mpo_megatron.data.selection import GroupDataset, Selection
 from mpo_megatron.data.tokenize import GroupTokenizer, TokenizeOptions
 
@@ -99,17 +100,23 @@ def build_dataset(
         prompt_key: the key of the prompt in records; see `group_from_record`.
 
     Raises:
-        DataError: bad data, or nothing that is kept.
+        DataError: bad data, nothing that is kept, or a folder of caches that cannot be written.
         ConfigError: options that this tokenizer cannot meet.
     """
     cache_dir = Path(cache_dir).expanduser()
     folder = cache_dir / cache_key(path, tokenizer, options, split, prompt_key)
-    if not folder.is_dir():
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if not folder.is_dir():  # else another process has made it while this one waited
-                group_tokenizer = GroupTokenizer(tokenizer, options)
-                groups = with_progress(read_groups(path, split, prompt_key), f"Tokenising {path}")
-                with published(folder) as unfinished:
-                    write_cache(groups, group_tokenizer, unfinished, str(path))
+    try:
+        if not folder.is_dir():
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{folder}.lock"):
+                if not folder.is_dir():  # else another process has made it while this one waited
+                    group_tokenizer = GroupTokenizer(tokenizer, options)
+                    groups = with_progress(read_groups(path, split, prompt_key), f"Tokenising {path}")
+                    with published(folder) as unfinished:
+                        write_cache(groups, group_tokenizer, unfinished, str(path))
+    except OSError as error:
+        raise DataError(
+            f"{cache_dir} cannot be written ({error.strerror or error}), and tokenised data go there; make room, or "
+            "set model.data.cache_dir to another folder"
+        ) from error
     return GroupDataset(TokenCache(folder), selection or Selection(), str(path))

@@ -29,7 +29,8 @@ from torch import Tensor
 
 from mpo_megatron.errors import ConfigError
 from mpo_megatron.model.segments import RowParams
-from mpo_megatron.runtime import capabilities
+from mpo_megatron.runtime import capabilities, choices
+from mpo_megatron.runtime.facts import Library
 from mpo_megatron.scheduling.layout import Span, context_spans
 
 # (q [t, Hq, D], k [T, Hkv, D], v [T, Hkv, D], params) -> [used, Hq * D]: outputs of the held tokens, padding left out.
@@ -128,9 +129,7 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
         ConfigError: the backend that was asked for cannot run here.
     """
     if name == "auto":
-        return next(
-            backend for backend in ("varlen", "te", "sdpa") if no_backend(backend, device, dtype) is None
-        )
+        return next(backend for backend in choices.ATTENTION if no_backend(backend, device, dtype) is None)
     problem = no_backend(name, device, dtype)
     if problem is not None:
         raise ConfigError(
@@ -141,21 +140,18 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
 
 def no_backend(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a backend cannot run; None: it can."""
-    if name == "sdpa":
-        return None
-    if device.type != "cuda":
-        return "it needs a GPU"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return "its kernels take 16 bits alone, so it needs trainer.precision=bf16"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "it needs a GPU of compute capability 8.0 or more"
-    libraries = [capabilities.transformer_engine()] if name == "te" else varlen_libraries()
-    if any(library.problem is None for library in libraries):
-        return None
-    return ", and ".join(f"{library.name} {library.problem}" for library in libraries)
+    on_gpu = device.type == "cuda"
+    return choices.attention_problem(
+        name,
+        on_gpu,
+        dtype in (torch.bfloat16, torch.float16),
+        torch.cuda.get_device_capability(device) if on_gpu and torch.cuda.is_available() else (0, 0),
+        # Asked for only where they can run: it imports them.
+        [] if not on_gpu else [capabilities.transformer_engine()] if name == "te" else varlen_libraries(),
+    )
 
 
-def varlen_libraries() -> list[capabilities.Library]:
+def varlen_libraries() -> list[Library]:
     """Those that have a kernel for `varlen`; the first that can be used is."""
     return [capabilities.flash_attention(), capabilities.torch_varlen_attention()]
 

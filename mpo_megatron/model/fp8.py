@@ -11,6 +11,7 @@ import torch
 
 from mpo_megatron.errors import ConfigError
 from mpo_megatron.model.architecture import Architecture
+from mpo_megatron.runtime.facts import Pair, dotted
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,13 @@ class Recipe:
         transformer_engine: the first version that has it.
     """
 
-    capability: tuple[int, int]
+    capability: Pair
     chips: str
     multiple: int
     scales: str
-    below: tuple[int, int] | None = None
-    cuda: tuple[int, int] = (12, 1)
-    transformer_engine: tuple[int, int] = (2, 2)
+    below: Pair | None = None
+    cuda: Pair = (12, 1)
+    transformer_engine: Pair = (2, 2)
 
 
 RECIPES = {
@@ -55,9 +56,9 @@ RECIPES = {
 class Machine:
     """What decides which recipes run: the GPU's compute capability, and the versions of the libraries."""
 
-    capability: tuple[int, int]
-    cuda: tuple[int, int]
-    transformer_engine: tuple[int, int]
+    capability: Pair
+    cuda: Pair
+    transformer_engine: Pair
 
 
 @dataclass(frozen=True)
@@ -148,20 +149,16 @@ def _lacks(recipe: Recipe, machine: Machine) -> str | None:
     """What the recipe needs and what there is instead; None: the machine has it."""
     beyond = recipe.below is not None and machine.capability >= recipe.below
     if machine.capability < recipe.capability or beyond:
-        needed = f"compute capability {_text(recipe.capability)}"
+        needed = f"compute capability {dotted(recipe.capability)}"
         if recipe.below is not None:
-            needed += f" or more and below {_text(recipe.below)}"
-        return f"{recipe.chips} ({needed}), and this GPU has {_text(machine.capability)}"
+            needed += f" or more and below {dotted(recipe.below)}"
+        return f"{recipe.chips} ({needed}), and this GPU has {dotted(machine.capability)}"
     if machine.cuda < recipe.cuda:
-        return f"a torch for CUDA {_text(recipe.cuda)} or later, and this one is for {_text(machine.cuda)}"
+        return f"a torch for CUDA {dotted(recipe.cuda)} or later, and this one is for {dotted(machine.cuda)}"
     if machine.transformer_engine < recipe.transformer_engine:
-        needed, found = _text(recipe.transformer_engine), _text(machine.transformer_engine)
+        needed, found = dotted(recipe.transformer_engine), dotted(machine.transformer_engine)
         return f"Transformer Engine {needed} or later, and this is {found}"
     return None
-
-
-def _text(numbers: tuple[int, int]) -> str:
-    return ".".join(map(str, numbers))
 
 
 def row_alignment(fp8: Fp8 | None, tp: int, device: torch.device) -> int:

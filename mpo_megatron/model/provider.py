@@ -40,6 +40,8 @@ from mpo_megatron.model.norm import RMSNorm
 from mpo_megatron.model.rotary import PositionRotaryEmbedding
 from mpo_megatron.model.segments import RowParams
 from mpo_megatron.runtime import capabilities
+from mpo_megatron.runtime.choices import layers_problem
+from mpo_megatron.runtime.facts import Library
 from mpo_megatron.runtime.parallel import ParallelLayout
 from mpo_megatron.scheduling.pack import PackedRow
 
@@ -115,13 +117,9 @@ def uses_transformer_engine(name: str, device: torch.device, dtype: torch.dtype)
 def no_transformer_engine(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the layers cannot come from Transformer Engine; None: they can."""
     if device.type != "cuda":
-        return "Transformer Engine needs a GPU"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return (
-            "Transformer Engine's products of float32 numbers are in TF32, so it needs trainer.precision=bf16"
-        )
-    library = capabilities.transformer_engine()
-    return library.problem and f"{library.name} {library.problem}"
+        return layers_problem(False, False, Library("Transformer Engine"))
+    sixteen_bits = dtype in (torch.bfloat16, torch.float16)
+    return layers_problem(True, sixteen_bits, capabilities.transformer_engine())
 
 
 def transformer_config(

@@ -5,29 +5,17 @@ and an extension that was built for another torch fails when it is loaded.
 """
 
 import os
-from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from mpo_megatron.runtime.facts import Library
+
+# Of Megatron-core: from the first to before the second.
+MEGATRON_CORE = ((0, 16), (0, 20))
 # The first Transformer Engine whose layers Megatron-core 0.16 and our attention can use.
 TRANSFORMER_ENGINE = (2, 2)
-
-
-@dataclass(frozen=True)
-class Library:
-    """A library as it is here.
-
-    Attributes:
-        name: for people, with its version if it is there.
-        problem: why it cannot be used, as the end of a sentence; None: it can.
-        version: its first two numbers; (0, 0) if it is not known.
-    """
-
-    name: str
-    problem: str | None = None
-    version: tuple[int, int] = (0, 0)
 
 
 def _named(name: str, package: str) -> str:
@@ -41,6 +29,32 @@ def _failure(package: str, error: BaseException) -> str:
     if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] == package:
         return "is not installed"
     return f"cannot be imported ({' '.join(f'{type(error).__name__}: {error}'.split())[:200]})"
+
+
+@cache
+def megatron_core() -> Library:
+    """Megatron-core, at a version that this package works with."""
+    name = _named("megatron-core", "megatron-core")
+    try:
+        import megatron.core  # noqa: F401
+    except Exception as error:
+        return Library(name, _failure("megatron", error))
+    first, beyond = (".".join(map(str, pair)) for pair in MEGATRON_CORE)
+    found = version_numbers(name.removeprefix("megatron-core").strip() or first)
+    fits = MEGATRON_CORE[0] <= found < MEGATRON_CORE[1]
+    return Library(name, None if fits else f"is not from {first} to before {beyond}")
+
+
+@cache
+def nemo() -> Library:
+    """NeMo's configuration and experiment manager."""
+    name = _named("nemo-toolkit", "nemo-toolkit")
+    try:
+        from nemo.core.config import hydra_runner  # noqa: F401
+        from nemo.utils.exp_manager import exp_manager  # noqa: F401
+    except Exception as error:
+        return Library(name, _failure("nemo", error))
+    return Library(name)
 
 
 @cache
@@ -70,6 +84,29 @@ def flash_attention() -> Library:
         from flash_attn import flash_attn_varlen_func  # noqa: F401
     except Exception as error:
         return Library(name, _failure("flash_attn", error))
+    return Library(name)
+
+
+@cache
+def flash_attention_3() -> Library:
+    """FlashAttention's kernels for Hopper, a package of their own."""
+    name = _named("flash-attn 3", "flash_attn_3")
+    try:
+        import flash_attn_interface  # noqa: F401
+    except Exception as error:
+        return Library(name, _failure("flash_attn_interface", error))
+    return Library(name)
+
+
+@cache
+def apex() -> Library:
+    """NVIDIA's apex, as Megatron-core would use it; the package of this name on PyPI is another."""
+    name = _named("apex", "apex")
+    try:
+        from apex.multi_tensor_apply import multi_tensor_applier  # noqa: F401
+        from apex.optimizers import FusedAdam  # noqa: F401
+    except Exception as error:
+        return Library(name, _failure("apex", error))
     return Library(name)
 
 

@@ -6,8 +6,7 @@ needs show in its arguments.
 
 import datetime
 import os
-import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -16,8 +15,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from mpo_megatron.errors import ConfigError, UserError
-
-_SHOWN = 4  # ranks that a message names
+from mpo_megatron.runtime.meeting import meet
 
 
 @dataclass(frozen=True)
@@ -72,6 +70,16 @@ class ParallelLayout:
         return self.tp, self.pp, self.vpp, self.cp, self.dp, self.ep
 
 
+def check_tasks(environment: Mapping[str, str]) -> None:
+    """Raise ConfigError for one of several Slurm tasks that nobody has made a rank: each would train alone."""
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
+    if "RANK" not in environment and tasks > 1:
+        raise ConfigError(
+            f"srun has started {tasks} tasks without torchrun, and each would train for itself; start one torchrun a "
+            "node, as examples/slurm.sh does"
+        )
+
+
 def check_world(world_size: int, tp: int, pp: int, cp: int, ep: int) -> None:
     """Raise ConfigError unless `tp * pp * cp` divides the number of ranks, and `ep` its context times data part."""
     model = tp * pp * cp
@@ -109,11 +117,12 @@ def initialize(
         control_timeout_minutes: the same where ranks wait for one that reads, tokenises or writes.
 
     Raises:
-        ConfigError: the number of ranks is not a multiple of tp * pp * cp or of tp * pp * ep, or some ranks have a GPU
-            and others none.
+        ConfigError: the number of ranks is not a multiple of tp * pp * cp or of tp * pp * ep, some ranks have a GPU
+            and others none, or Slurm's tasks are no ranks.
     """
     from megatron.core import parallel_state
 
+    check_tasks(os.environ)
     for name, value in {
         "RANK": "0",
         "WORLD_SIZE": "1",
@@ -141,7 +150,7 @@ def initialize(
 def _start(device: torch.device, timeout: datetime.timedelta) -> None:
     """Find the other ranks, agree with them on the device, and start the default group on it."""
     store, rank, world_size = next(rendezvous("env://", timeout=timeout))
-    agree_on_device(device, store, rank, world_size)
+    meet(device, store, rank, world_size)
     on_gpu = device.type == "cuda"
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
@@ -151,27 +160,6 @@ def _start(device: torch.device, timeout: datetime.timedelta) -> None:
         timeout=timeout,
         device_id=device if on_gpu else None,
     )
-
-
-def agree_on_device(device: torch.device, store: dist.Store, rank: int, world_size: int) -> None:
-    """Check that all ranks have chosen the same kind of device. Every rank calls it, before there is any group.
-
-    Raises:
-        ConfigError: some would compute on a GPU and others on the CPU, where each would wait for the others for ever.
-    """
-    number = store.add(f"device/{device.type}", 1)
-    store.set(f"device/{device.type}/{number}", f"rank {rank} on {socket.gethostname()}")
-    if store.add("device/all", 1) == world_size:
-        store.set("device/complete", "")
-    store.wait(["device/complete"])
-    count = store.add("device/cpu", 0)
-    if 0 < count < world_size:
-        found = [store.get(f"device/cpu/{n}").decode() for n in range(1, min(count, _SHOWN) + 1)]
-        more = f" and {count - _SHOWN} more" if count > _SHOWN else ""
-        raise ConfigError(
-            f"{count} of {world_size} ranks find no GPU ({', '.join(found)}{more}) and the others do; mend these nodes "
-            "(nvidia-smi, CUDA_VISIBLE_DEVICES), or set trainer.accelerator=cpu for all"
-        )
 
 
 def current_layout(device: torch.device) -> ParallelLayout:

@@ -22,9 +22,10 @@ from mpo_megatron.runtime.parallel import raising_together
 from mpo_megatron.training.checkpoint import latest_checkpoint, load_checkpoint
 from mpo_megatron.training.experiment import CHECKPOINTS, Experiment, start_experiment
 from mpo_megatron.training.exports import BackgroundExports
-from mpo_megatron.training.kernels import kernels
+from mpo_megatron.training.kernels import costs, kernels
 from mpo_megatron.training.masters import place_masters
 from mpo_megatron.training.movement import WeightSample
+from mpo_megatron.training.nodes import check_shared
 from mpo_megatron.training.optimizer import build_optimizer, build_schedule, wrap_data_parallel
 from mpo_megatron.training.reference import cache_path, reference_key, reference_logps
 from mpo_megatron.training.report import progress, say
@@ -99,13 +100,17 @@ def _load_weights(chunks: list[Any], setup: Setup) -> None:
 
 def _open_experiment(setup: Setup) -> tuple[Experiment | None, Path]:
     """The experiment, on rank 0, and its folder, on all ranks."""
-    experiment = None
+    experiment, trainer = None, setup.config.trainer
     with raising_together(setup.layout):
         if setup.layout.is_main:
             experiment = start_experiment(setup.config)
-    folder = [str(experiment.folder) if experiment else ""]
-    dist.broadcast_object_list(folder, src=0, group=setup.layout.control)
-    return experiment, Path(folder[0])
+    # The working directory may be another on another node.
+    found = [str(experiment.folder.absolute()) if experiment else ""]
+    dist.broadcast_object_list(found, src=0, group=setup.layout.control)
+    folder = Path(found[0])
+    if trainer.save_at_end or trainer.save_interval or setup.config.exp_manager.get("resume_if_exists"):
+        check_shared(folder, setup.layout)
+    return experiment, folder
 
 
 def _introduce(setup: Setup, folder: Path, throughput: Throughput) -> None:
@@ -128,6 +133,7 @@ def _introduce(setup: Setup, folder: Path, throughput: Throughput) -> None:
         f"{layers} layers, {setup.model_options.attention_backend} attention",
         *_fp8_lines(setup.model_options.fp8),
         *kernels(setup.model_options, layout, architecture.num_heads, model.data.max_length),
+        *costs(config.trainer.accelerator, layout),
         ", ".join([f"objective   {setup.entry.name}", *settings, f"learning rate {model.optim.lr:g}"]),
         f"training    {setup.train.dataset.report}",
     ]
@@ -198,12 +204,17 @@ def resume(job: Job) -> int:
     """Load the newest checkpoint of a run that is to be resumed. Returns the steps that are done."""
     if not job.setup.config.exp_manager.get("resume_if_exists"):
         return 0
-    path = latest_checkpoint(job.folder / CHECKPOINTS)
+    # Found by one rank: a network file system may not show all nodes the same yet.
+    newest = [latest_checkpoint(job.folder / CHECKPOINTS) if job.is_main else None]
+    dist.broadcast_object_list(newest, src=0, group=job.setup.layout.control)
+    (path,) = newest
     if path is None:
         if job.experiment is not None:
             job.experiment.rewind(-1)  # a start that came to no checkpoint is started anew
         return 0
-    _check_same_run(path, job)
+    with raising_together(job.setup.layout):
+        if job.is_main:
+            _check_same_run(path, job)
     step = load_checkpoint(path, job.chunks, job.optimizer, job.schedule, job.setup.layout)
     if job.experiment is not None:
         job.experiment.rewind(step)

@@ -3,7 +3,11 @@
 from mpo_megatron.model.attention import no_backend, varlen_libraries
 from mpo_megatron.model.provider import ModelOptions, no_transformer_engine
 from mpo_megatron.runtime import capabilities
+from mpo_megatron.runtime.doctor import devices, judge
+from mpo_megatron.runtime.facts import Facts
+from mpo_megatron.runtime.findings import NOTE
 from mpo_megatron.runtime.parallel import ParallelLayout
+from mpo_megatron.runtime.probe import LIBRARIES, probe
 
 
 def kernels(options: ModelOptions, layout: ParallelLayout, num_heads: int, max_length: int) -> list[str]:
@@ -37,3 +41,19 @@ def kernels(options: ModelOptions, layout: ParallelLayout, num_heads: int, max_l
         f"kernels     {layers}; attention {attention}",
         f"            {', '.join(capabilities.settings())}",
     ]
+
+
+def costs(accelerator: str, layout: ParallelLayout) -> list[str]:
+    """Lines on what this machine lacks, what the run uses instead and what that costs; see `runtime.doctor`."""
+    if layout.device.type == "cuda":
+        return costs_of(
+            probe(libraries=[name for name in LIBRARIES if name not in ("megatron-core", "nemo")])
+        )
+    # A CPU that was asked for is no loss.
+    return costs_of(probe(libraries=())) if accelerator == "auto" else []
+
+
+def costs_of(facts: Facts) -> list[str]:
+    """The same, of a machine's facts."""
+    findings = judge(facts) if facts.gpus else devices(facts)
+    return [f"costs       {finding}" for finding in findings if finding.level != NOTE]

@@ -22,6 +22,7 @@ from torch import Tensor
 from mpo_megatron.model import head
 from mpo_megatron.runtime.parallel import ParallelLayout
 from mpo_megatron.scheduling.rows import Positions, RowSource
+from mpo_megatron.training.report import say
 from mpo_megatron.training.setup import Setup, Split
 from mpo_megatron.training.step import response_logps
 
@@ -102,8 +103,19 @@ def reference_logps(
         seen[source.dataset.response_offsets[i] : source.dataset.response_offsets[i + 1]] = True
     values[~seen.to(layout.device)] = float("nan")
     if layout.is_main:
+        write(path, values)
+    return values
+
+
+def write(path: Path, values: Tensor) -> None:
+    """Keep the log-probs, if the file system lets us: the run has them in any case."""
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npy", delete=False) as file:
             np.save(file, values.cpu().numpy())
         Path(file.name).replace(path)
-    return values
+    except OSError as error:
+        say(
+            f"warning: {path} cannot be written ({error.strerror or error}), so the next start computes the reference "
+            "again; make room, or set model.data.cache_dir to another folder"
+        )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from mpo_megatron.config import Config, DataConfig
 from mpo_megatron.conversion.hf_folder import WeightReader, is_checkpoint, load_tokenizer, model_folder
 from mpo_megatron.conversion.torch_dist import CheckpointReader
 from mpo_megatron.data import GroupDataset, Selection, TokenizeOptions, build_dataset
+from mpo_megatron.data.readers import content_digest
 from mpo_megatron.errors import ConfigError
 from mpo_megatron.model.architecture import Architecture, check_layout, read_architecture
 from mpo_megatron.model.attention import choose_backend
@@ -22,10 +24,12 @@ from mpo_megatron.model.provider import ModelOptions, no_transformer_engine, use
 from mpo_megatron.objectives.registry import Objective
 from mpo_megatron.runtime import capabilities
 from mpo_megatron.runtime.device import choose_device
+from mpo_megatron.runtime.meeting import starting_together
 from mpo_megatron.runtime.parallel import ParallelLayout, initialize, raising_together
 from mpo_megatron.scheduling.order import in_order, step_groups, steps_per_epoch
 from mpo_megatron.scheduling.plan import Pipeline
 from mpo_megatron.scheduling.rows import RowSource
+from mpo_megatron.training.nodes import check_same_job, check_same_model
 
 DTYPES = {"bf16": torch.bfloat16, "32": torch.float32}
 EXPORT_DTYPES = {None: None, "bf16": torch.bfloat16, "float32": torch.float32}
@@ -65,26 +69,27 @@ def prepare(config: Config) -> Setup:
         UserError: something must change; raised on all ranks alike.
     """
     model = config.model
-    entry, hyper_parameters = settle_objective(config)
-    hf_folder = _model_folder(config)
-    architecture = read_architecture(hf_folder)
-    check_layout(
-        architecture,
-        tp=model.tensor_model_parallel_size,
-        pp=model.pipeline_model_parallel_size,
-        vpp=model.virtual_pipeline_model_parallel_size or 1,
-        first_stage=model.num_layers_in_first_pipeline_stage,
-        last_stage=model.num_layers_in_last_pipeline_stage,
-        max_length=model.data.max_length,
-        ep=model.expert_model_parallel_size,
-        sequence_parallel=config.sequence_parallel,
-    )
-    check_export_path(config)
-    selection = _selection(config, entry)
-    device = choose_device(config.trainer.accelerator)
-    options = model_options(config, device)
-    if options.fp8 is not None:
-        check_fp8(options.fp8, architecture, model.tensor_model_parallel_size)
+    with starting_together():
+        entry, hyper_parameters = settle_objective(config)
+        hf_folder = _model_folder(config)
+        architecture = read_architecture(hf_folder)
+        check_layout(
+            architecture,
+            tp=model.tensor_model_parallel_size,
+            pp=model.pipeline_model_parallel_size,
+            vpp=model.virtual_pipeline_model_parallel_size or 1,
+            first_stage=model.num_layers_in_first_pipeline_stage,
+            last_stage=model.num_layers_in_last_pipeline_stage,
+            max_length=model.data.max_length,
+            ep=model.expert_model_parallel_size,
+            sequence_parallel=config.sequence_parallel,
+        )
+        check_export_path(config)
+        selection = _selection(config, entry)
+        device = choose_device(config.trainer.accelerator)
+        options = model_options(config, device)
+        if options.fp8 is not None:
+            check_fp8(options.fp8, architecture, model.tensor_model_parallel_size)
     layout = initialize(
         device,
         tp=model.tensor_model_parallel_size,
@@ -92,14 +97,17 @@ def prepare(config: Config) -> Setup:
         vpp=model.virtual_pipeline_model_parallel_size or 1,
         cp=model.context_parallel_size,
         ep=model.expert_model_parallel_size,
+        timeout_minutes=config.trainer.distributed_timeout_minutes,
     )
+    check_same_job(config, layout)
+    check_same_model(model.restore_from_path, layout)
     _check_devices(config, layout)
     with raising_together(layout):
         if layout.is_main:  # broken files are found before the data are tokenised
             path = model.restore_from_path
             CheckpointReader(path) if is_checkpoint(path) else WeightReader(path)
 
-    train_data = _on_one_rank_per_node(lambda: _open(config, model.data.train, selection), layout)
+    train_data = _on_one_rank_per_node(partial(_open, config, selection), model.data.train, layout)
     per_epoch = steps_per_epoch(len(train_data), model.global_batch_size)
     total = (
         config.trainer.max_steps if config.trainer.max_steps != -1 else per_epoch * config.trainer.max_epochs
@@ -111,8 +119,7 @@ def prepare(config: Config) -> Setup:
         _check_one_pass(options.fp8, train_rows, entry)
     validation = None
     if model.data.validation:
-        path = model.data.validation
-        data = _on_one_rank_per_node(lambda: _open(config, path, selection), layout)
+        data = _on_one_rank_per_node(partial(_open, config, selection), model.data.validation, layout)
         steps = list(in_order(len(data), batch))[: config.trainer.limit_val_batches]
         rows = _rows(data, config, architecture, layout, entry, options.fp8)
         validation = Split("validation", data, rows, steps)
@@ -258,7 +265,7 @@ def _check_devices(config: Config, layout: ParallelLayout) -> None:
         )
 
 
-def _open(config: Config, path: str, selection: Selection) -> GroupDataset:
+def _open(config: Config, selection: Selection, path: str) -> GroupDataset:
     """The tokenised groups of a data source, made or opened."""
     data: DataConfig = config.model.data
     options = TokenizeOptions(
@@ -273,20 +280,33 @@ def _open(config: Config, path: str, selection: Selection) -> GroupDataset:
     return build_dataset(path, tokenizer, options, cache_dir=cache, selection=selection)
 
 
-def _on_one_rank_per_node(build: Callable[[], GroupDataset], layout: ParallelLayout) -> GroupDataset:
+def _on_one_rank_per_node(
+    build: Callable[[str], GroupDataset], path: str, layout: ParallelLayout
+) -> GroupDataset:
     """Call `build` on each node's first rank, then on the others, which find its cache. Its errors reach all ranks."""
     with raising_together(layout):
         if layout.local_rank == 0:
-            build()
-    data = build()
-    fingerprints: list[Any] = [None] * layout.world_size
-    dist.all_gather_object(fingerprints, data.fingerprint, group=layout.control)
-    if len(set(fingerprints)) > 1:
+            build(path)
+    with raising_together(layout):
+        data = build(path)
+    if not _same(data.fingerprint, layout):
+        if not _same(content_digest(path), layout):
+            raise ConfigError(
+                f"{path} is not the same on all nodes; copy it from one place, or put it on storage that all nodes "
+                "share"
+            )
         raise ConfigError(
             "the nodes tokenised the data differently, although the files are the same: a chat template that prints "
             "today's date does that; put model.data.cache_dir on storage that all nodes share"
         )
     return data
+
+
+def _same(value: str, layout: ParallelLayout) -> bool:
+    """Whether all ranks have the same; all call it."""
+    values: list[Any] = [None] * layout.world_size
+    dist.all_gather_object(values, value, group=layout.control)
+    return len(set(values)) == 1
 
 
 def _check_one_pass(fp8: Fp8, rows: RowSource, entry: objectives.Entry) -> None:

@@ -58,6 +58,11 @@ MAY_IMPORT = {
 DOES_WITHOUT = {
     "mpo_megatron/config.py": {"torch", "megatron", "nemo"},
     "mpo_megatron/data": {"torch", "megatron"},
+    **{
+        # tools/doctor.py runs where torch does not.
+        f"mpo_megatron/runtime/{name}.py": {"torch", "megatron"}
+        for name in ("choices", "doctor", "facts", "findings", "surroundings")
+    },
     "mpo_megatron/scheduling/layout.py": {"torch", "megatron"},
     "mpo_megatron/scheduling/plan.py": {"torch", "megatron"},
     "mpo_megatron/scheduling/balance.py": {"torch", "megatron"},

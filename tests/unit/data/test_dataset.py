@@ -2,6 +2,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -314,11 +315,32 @@ def test_fingerprint_follows_the_content(data: Path, change: str) -> None:
 
 def test_remains_of_a_killed_process_are_replaced(data: Path) -> None:
     key = cache.cache_key(data, make_tokenizer(CHATML), OPTIONS, None, None)
-    unfinished = data.parent / "cache" / f"{key}.unfinished"
+    unfinished = data.parent / "cache" / f"{key}.{socket.gethostname()}.unfinished"
     unfinished.mkdir(parents=True)
     (unfinished / "groups.arrow").write_bytes(b"half")
     assert len(build(data)) == 3
     assert caches(data) == {key}
+
+
+def test_where_a_lock_holds_no_other_node_the_first_cache_stays(data: Path) -> None:
+    """Two nodes that have filled the same cache: the second finds the name taken, and takes what is there."""
+    folder = data.parent / "cache" / "key"
+    folder.parent.mkdir()
+    with cache.published(folder) as ours:
+        (ours / "by").write_text("us")
+        # The other node has finished meanwhile.
+        folder.mkdir()
+        (folder / "by").write_text("the other")
+    assert [path.name for path in folder.parent.iterdir()] == ["key"]
+    assert (folder / "by").read_text() == "the other"
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(data: Path) -> None:
+    (data.parent / "file").touch()
+    with pytest.raises(
+        DataError, match=r"file cannot be written \(File exists\), and tokenised data go there"
+    ):
+        build(data, cache_dir=data.parent / "file")
 
 
 def test_opening_reads_no_tokens(data: Path) -> None:

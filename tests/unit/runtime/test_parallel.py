@@ -1,14 +1,12 @@
 """How many ranks a layout needs, and how it is named."""
 
 import re
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from mpo_megatron.errors import ConfigError
-from mpo_megatron.runtime.parallel import ParallelLayout, agree_on_device, check_world
+from mpo_megatron.runtime.parallel import ParallelLayout, check_tasks, check_world
 
 
 @pytest.mark.parametrize(
@@ -45,30 +43,11 @@ def test_a_layout_names_what_it_divides() -> None:
     assert layout.sizes == (2, 1, 1, 1, 4, 2)
 
 
-def agreed(devices: list[str]) -> list[str]:
-    """What each rank with one of these devices is told, in threads that share a store."""
-    store, said = dist.HashStore(), [""] * len(devices)
-
-    def rank(number: int) -> None:
-        try:
-            agree_on_device(torch.device(devices[number]), store, number, len(devices))
-        except ConfigError as error:
-            said[number] = str(error)
-
-    with ThreadPoolExecutor(len(devices)) as threads:
-        list(threads.map(rank, range(len(devices))))
-    return said
-
-
-def test_ranks_with_one_kind_of_device_agree() -> None:
-    assert agreed(["cpu"] * 3) == agreed(["cuda:0", "cuda:1", "cuda:0"]) == [""] * 3
-
-
-def test_ranks_with_and_without_a_gpu_are_told_which() -> None:
-    said = agreed(["cuda:0", "cpu", "cuda:1"])
-    assert len(set(said)) == 1
-    assert re.match(
-        r"1 of 3 ranks find no GPU \(rank 1 on \S+\) and the others do; mend these nodes", said[0]
-    )
-    many = agreed(["cuda:0"] + ["cpu"] * 6)
-    assert " and 2 more) and the others do" in many[0]
+def test_tasks_of_slurm_are_no_ranks() -> None:
+    check_tasks({})
+    check_tasks({"SLURM_STEP_NUM_TASKS": "1"})
+    check_tasks({"SLURM_STEP_NUM_TASKS": "2", "RANK": "0"})
+    with pytest.raises(
+        ConfigError, match="srun has started 16 tasks without torchrun, and each would train for"
+    ):
+        check_tasks({"SLURM_STEP_NUM_TASKS": "16"})

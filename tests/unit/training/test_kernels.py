@@ -8,8 +8,10 @@ import torch
 from mpo_megatron.errors import ConfigError
 from mpo_megatron.model.attention import choose_backend
 from mpo_megatron.model.provider import ModelOptions, uses_transformer_engine
+from mpo_megatron.runtime.facts import Library
 from mpo_megatron.runtime.parallel import ParallelLayout
-from mpo_megatron.training.kernels import kernels
+from mpo_megatron.training.kernels import costs, costs_of, kernels
+from tests.helpers.machines import LIBRARIES, NODE
 
 GPU = ParallelLayout(0, 8, 0, 2, 1, 1, 1, 4, 1, 0, 0, 0, 0, 0, torch.device("cuda:0"))
 
@@ -66,3 +68,35 @@ def test_float32_on_a_gpu_has_sdpa() -> None:
     assert choose_backend("auto", gpu, torch.float32) == "sdpa"
     with pytest.raises(ConfigError, match="attention_backend=varlen: its kernels take 16 bits alone"):
         choose_backend("varlen", gpu, torch.float32)
+
+
+def test_the_job_says_what_is_used_instead_and_what_it_costs() -> None:
+    assert costs_of(NODE) == []
+    missing = {
+        name: Library(name, "is not installed") for name in ("transformer-engine", "apex", "flash-attn")
+    }
+    lines = costs_of(replace(NODE, libraries={**LIBRARIES, **missing}))
+    assert len(lines) == 2
+    assert lines[0].startswith(
+        "costs       transformer-engine is not installed; Megatron-core's own layers; no FP8, and"
+    )
+    assert lines[1].startswith(
+        "costs       apex is not installed; torch's fused AdamW, and gradient norms tensor by "
+    )
+
+
+def test_the_job_says_why_it_runs_on_the_cpu() -> None:
+    (line,) = costs_of(replace(NODE, gpus=(), driver="470.82.01", driver_cuda=(11, 4)))
+    assert line.startswith(
+        "costs       driver 470.82.01 runs CUDA up to 11.4, and torch 2.13.0 is built for 13.0; the run takes the CPU; "
+        "some 0.2 groups"
+    )
+    assert line.endswith("; install driver 580 or later, or a torch built for CUDA 11")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
+def test_a_cpu_that_was_asked_for_costs_nothing() -> None:
+    on_cpu = replace(GPU, device=torch.device("cpu"))
+    assert costs("cpu", on_cpu) == []
+    (line,) = costs("auto", on_cpu)
+    assert line.startswith("costs       there is no NVIDIA GPU; the run takes the CPU")
