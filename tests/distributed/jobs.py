@@ -284,16 +284,42 @@ def train_and_export(folder: Path, sizes: list[int], wanted: Layout, output: Pat
     return logps(model)
 
 
-def smollm2_logps(folder: Path, data: Path, groups: int, shared_prompt: bool, cache: Path) -> torch.Tensor:
-    """[R] log-probs of the first groups of a data file under the starting weights, on one rank."""
+def real_groups(folder: Path, data: Path, groups: int, cache: Path) -> GroupList:
+    """The first groups of a data file, with a model folder's tokenizer."""
     from transformers import AutoTokenizer
 
     from mpo_megatron.data import TokenizeOptions, build_dataset
 
     options = TokenizeOptions(max_prompt_length=256, max_length=512)
     dataset = build_dataset(data, AutoTokenizer.from_pretrained(folder), options, cache_dir=cache)
+    return GroupList([dataset.group(i) for i in range(groups)])
+
+
+def smollm2_logps(folder: Path, data: Path, groups: int, shared_prompt: bool, cache: Path) -> torch.Tensor:
+    """[R] log-probs of the first groups of a data file under the starting weights, on one rank."""
     model = build(
         folder, [2], Layout(shared_prompt=shared_prompt, max_tokens=2048, options={"head_chunk_size": 256})
     )
-    model.source.dataset = GroupList([dataset.group(i) for i in range(groups)])
+    model.source.dataset = real_groups(folder, data, groups, cache)
     return logps(model)
+
+
+def smollm2_step(
+    folder: Path, data: Path, groups: int, options: dict[str, Any], cache: Path
+) -> dict[str, Any]:
+    """Reference and first step of W-MPO on these groups in bf16 on Transformer Engine's layers, on one rank.
+
+    Returns:
+        `logps` [R], `margin` of the step, and its `gradient`, of all parameters in one.
+    """
+    wanted = Layout(
+        max_tokens=2048,
+        options={"head_chunk_size": 256, "transformer_engine": True, **options},
+        precision=torch.bfloat16,
+    )
+    model = build(folder, [2], wanted)
+    model.source.dataset = real_groups(folder, data, groups, cache)
+    reference = logps(model)
+    values = gradients(model, reference, "wmpo")
+    own = [parameter.main_grad.flatten() for chunk in model.chunks for parameter in chunk.parameters()]
+    return {"logps": reference, "margin": values["reward_margin"], "gradient": torch.cat(own).clone()}
