@@ -3,11 +3,12 @@
 #     docker build -t mpo_megatron .
 #     docker run --rm --gpus all --ipc=host mpo_megatron python tools/doctor.py
 #
-# 26.06 holds Ubuntu 24.04, Python 3.12.3, torch 2.13.0a0+8145d630e8, CUDA 13.3, NCCL 2.30.4, Transformer Engine 2.16.0,
-# flash-attn 2.7.4.post1, apex and NumPy 1.26; no megatron-core, no NeMo, no transformers. It needs driver 580 or later:
-# docs.nvidia.com/deeplearning/frameworks/pytorch-release-notes/rel-26-06.html. Versions as others have read them out of the
-# image (it could not be pulled where this file was written). nvcr.io/nvidia/nemo:26.06 has the same Transformer Engine
-# with megatron-core 0.18 in source folders that are not on Python's path, and takes about 77 GB: nothing in it is missing here.
+# 26.06 holds Ubuntu 24.04, Python 3.12.3, torch 2.13.0a0+8145d630e8 and CUDA 13.3, which needs driver 580 or later
+# (docs.nvidia.com/deeplearning/frameworks/pytorch-release-notes/rel-26-06.html), NCCL 2.30.4, Transformer Engine 2.16.0
+# and apex (github.com/Helian2s/multi-gpu-training, containers/base-image-compatibility.md: read out of the image), and
+# flash-attn 2.7.4.post1 and NumPy 1.26 by other public inventories; no megatron-core, no NeMo, no transformers. It could
+# not be pulled where this file was written. nvcr.io/nvidia/nemo:26.06 has the same Transformer Engine on an older torch,
+# and megatron-core 0.18 in source folders that are not on Python's path: nothing in it is missing here.
 # The digest is that of the tag's index of platforms (x86-64 and Arm).
 FROM nvcr.io/nvidia/pytorch:26.06-py3@sha256:43c018d6a12963f1a1bad85ef8574b5c2a978eec2be0ebcacfb87f69e0d210e1
 

@@ -22,13 +22,16 @@ from mpo_megatron.errors import ConfigError
 from mpo_megatron.runtime.parallel import ParallelLayout, raising_together
 from mpo_megatron.runtime.publish import cannot_write
 
-# Where a node has its files may be its own affair.
+# Where a node has its files may be its own affair, but not whether it has any.
 _PATHS = {
     "model.restore_from_path",
     "model.export_path",
     "model.data.train",
     "model.data.validation",
     "model.data.cache_dir",
+    # Rank 0's are the run's.
+    "exp_manager.exp_dir",
+    "exp_manager.explicit_log_dir",
 }
 _ENDS_BYTES = 1 << 16
 _SEEN_SECONDS = 10.0  # a network file system may show a new file late
@@ -44,7 +47,7 @@ def check_same_job(config: Config, layout: ParallelLayout) -> None:
         "mpo_megatron": mpo_megatron.__version__,
         "megatron-core": version("megatron-core"),
         "torch": torch.__version__,
-        **{key: value for key, value in _flat(as_yaml(config)) if key not in _PATHS},
+        **{key: "a path" if key in _PATHS and value else value for key, value in _flat(as_yaml(config))},
     }
     _check_same(
         "the ranks do not run the same job",

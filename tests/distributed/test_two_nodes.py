@@ -156,13 +156,28 @@ def a_file_for_a_folder(inputs: dict[str, Path], folder: Path) -> str:
             "the run has not started (SystemExit: 1); the log of that node has",
         ),
         (lambda *_: "trainer.max_steps=4", "the same job: trainer.max_steps is 3 for rank 0 on "),
+        (
+            lambda *_: "model.data.validation=null",
+            "the same job: model.data.validation is a path for rank 0 on ",
+        ),
         (lambda *_: "model.data.train=/nowhere.jsonl", "there is no file or folder /nowhere.jsonl"),
         (other_model, "is not the same model on all nodes: model.safetensors is "),
         (half_a_model, "is not the same model on all nodes: model.safetensors is "),
         (other_data, "train.jsonl is not the same on all nodes; copy it"),
         (a_file_for_a_folder, "cannot be written (Not a directory), and tokenised data go there; make room"),
     ],
-    ids=["no-model", "key", "no-yaml", "steps", "no-data", "model", "half-a-model", "data", "cache"],
+    ids=[
+        "no-model",
+        "key",
+        "no-yaml",
+        "steps",
+        "no-validation",
+        "no-data",
+        "model",
+        "half-a-model",
+        "data",
+        "cache",
+    ],
 )
 def test_nodes_that_differ_end_in_one_sentence(
     second: Any, sentence: str, inputs: dict[str, Path], tmp_path: Path
