@@ -161,6 +161,11 @@ def transformer_config(
         # interleaving needs each on its own.
         overlap_p2p_comm=layout.vpp > 1,
         batch_p2p_comm=layout.vpp == 1,
+        # Megatron's wait for the device after each transfer is for a bug of old versions of torch.
+        batch_p2p_sync=False,
+        # What has been sent is not read again: autograd needs its graph, not its values. Interleaved stages free it
+        # with the send under way, which NCCL's streams order and Gloo's threads do not: gradients were wrong there.
+        deallocate_pipeline_outputs=on_gpu or layout.vpp == 1,
         context_parallel_size=layout.cp,
         sequence_parallel=options.sequence_parallel,
         **_expert_options(architecture, layout, options),
@@ -168,7 +173,8 @@ def transformer_config(
         use_cpu_initialization=not on_gpu,
         perform_initialization=False,  # every weight is read from the checkpoint
         bias_activation_fusion=on_gpu,
-        bias_dropout_fusion=on_gpu,
+        # It is compiled anew for each length of rows, and without bias and dropout there is an addition to fuse.
+        bias_dropout_fusion=False,
         apply_rope_fusion=options.transformer_engine,
         masked_softmax_fusion=False,
         # Megatron's own output layer would ask for apex; see _fuse_weight_gradients.
