@@ -15,7 +15,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from mpo_megatron.errors import ConfigError
 
@@ -183,18 +183,15 @@ def parse(raw: DictConfig) -> Config:
     check_keys(OmegaConf.to_container(raw), Config, "")
     try:
         merged = OmegaConf.merge(_schema(), raw)
+        assert isinstance(merged, DictConfig)
+        _check_missing(merged)
         hyper_parameters = _take_hyper_parameters(merged.model.mpo)
         config = OmegaConf.to_object(merged)
-    except MissingMandatoryValue as error:
-        raise ConfigError(
-            f"{_key(error)} has no value; set it in the YAML or as {_key(error)}=..."
-        ) from error
     except (ConfigKeyError, ValidationError, OmegaConfBaseException) as error:
         raise ConfigError(f"{_key(error)}: {str(error).splitlines()[0]}") from error
     assert isinstance(config, Config)
     mpo = replace(config.model.mpo, hyper_parameters=hyper_parameters)
     config = replace(config, model=replace(config.model, mpo=mpo))
-    _check_missing(config)
     _check(config)
     return config
 
@@ -235,8 +232,11 @@ def _take_hyper_parameters(mpo: DictConfig) -> dict[str, Any]:
     }
 
 
-def check_overrides(arguments: Sequence[str]) -> None:
+def check_overrides(arguments: Sequence[str], groups: Collection[str] = ()) -> None:
     """Check the keys of Hydra's `key=value` arguments before Hydra does, for a message in one sentence.
+
+    Args:
+        groups: names that choose a file of settings (`config_groups`) and are no keys.
 
     Raises:
         ConfigError: an override names a key that the schema does not have, or cannot be parsed.
@@ -248,7 +248,7 @@ def check_overrides(arguments: Sequence[str]) -> None:
         raise ConfigError(f"cannot read the override: {' '.join(str(error).split())}") from error
     for override in parsed:
         key = override.key_or_group
-        if not key.startswith(("hydra.", "hydra/", "exp_manager")) and key != "hydra":
+        if key not in groups and not key.startswith(("hydra.", "hydra/", "exp_manager")) and key != "hydra":
             nested: Any = {}
             for part in reversed(key.split(".")):
                 nested = {part: nested}
@@ -286,13 +286,14 @@ def _key(error: OmegaConfBaseException) -> str:
     return str(getattr(error, "full_key", None) or "configuration")
 
 
-def _check_missing(config: Config) -> None:
-    for path, value in (
-        ("model.restore_from_path", config.model.restore_from_path),
-        ("model.data.train", config.model.data.train),
-    ):
-        if value == MISSING:
-            raise ConfigError(f"{path} has no value; set it in the YAML or as {path}=...")
+def _check_missing(merged: DictConfig) -> None:
+    """Raise ConfigError that names every required key without a value: `???`, in the schema or in a YAML."""
+    missing = sorted(OmegaConf.missing_keys(merged), reverse=True)
+    if missing:
+        raise ConfigError(
+            f"{' and '.join(missing)} {'has' if len(missing) == 1 else 'have'} no value; set "
+            f"{'it' if len(missing) == 1 else 'them'} in the YAML or as {' '.join(f'{key}=...' for key in missing)}"
+        )
 
 
 def _check(config: Config) -> None:

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
 from mpo_megatron import objectives
-from mpo_megatron.config import Config, check_overrides, parse, register_schema
+from mpo_megatron.config import Config, check_overrides, parse
+from mpo_megatron.config_groups import compose_config
 from mpo_megatron.conversion.hf_folder import load_tokenizer, model_folder
 from mpo_megatron.data import TokenizeOptions, build_dataset
 from mpo_megatron.errors import ConfigError, UserError
@@ -99,21 +98,14 @@ def read_config(args: argparse.Namespace) -> Config:
         ConfigError: as the main job has it.
     """
     overrides = list(args.overrides)
-    check_overrides(overrides)
     if args.model or args.sizes:
         overrides.append(f"model.restore_from_path={args.model or NOTHING}")
     if args.prompt is not None:
         overrides.append(f"model.data.train={NOTHING}")
     if args.config is None:
+        check_overrides(overrides)
         return parse(OmegaConf.from_dotlist(overrides))
-    if not args.config.is_file():
-        raise ConfigError(f"--config {args.config} is not there; give a YAML of the main job")
-    register_schema()
-    try:
-        with initialize_config_dir(str(args.config.resolve().parent), version_base=None):
-            return parse(compose(args.config.stem, overrides))
-    except HydraException as error:
-        raise ConfigError(f"{args.config}: {' '.join(str(error).split())}") from error
+    return compose_config(args.config, overrides)
 
 
 def read_model(args: argparse.Namespace, config: Config) -> Architecture:

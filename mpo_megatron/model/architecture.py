@@ -144,19 +144,31 @@ def read_architecture(folder: str | Path) -> Architecture:
     Raises:
         ConfigError: no such folder or config, a family or a feature that is not supported.
     """
-    from transformers import AutoConfig
-
     path = Path(folder)
     if not (path / "config.json").is_file():
         raise ConfigError(
             f"there is no config.json in {path.absolute()}; give the folder of a Hugging Face model (config.json, "
             "*.safetensors, tokenizer files)"
         )
+    return architecture_of(_read_config(path, path / "config.json"), str(path))
+
+
+def read_config_file(file: Path) -> Architecture:
+    """Read a config.json by whatever name.
+
+    Raises:
+        ConfigError: it cannot be read, or says what is not supported.
+    """
+    return architecture_of(_read_config(file, file), str(file))
+
+
+def _read_config(source: Path, file: Path) -> Any:
+    from transformers import AutoConfig
+
     try:
-        config = AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(source)
     except Exception as error:
-        raise ConfigError(f"{path / 'config.json'} cannot be read: {' '.join(str(error).split())}") from error
-    return architecture_of(config, str(path))
+        raise ConfigError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
 
 
 def architecture_of(config: Any, where: str = "config") -> Architecture:

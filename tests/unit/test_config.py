@@ -127,6 +127,16 @@ def test_each_wrong_value_is_one_sentence(override: str | list[str], message: st
     assert "\n" not in str(caught.value)
 
 
+def test_all_required_keys_without_a_value_are_named_at_once() -> None:
+    for nothing in (OmegaConf.create({}), OmegaConf.create({"model": {"restore_from_path": "???"}})):
+        with pytest.raises(ConfigError) as caught:
+            parse(nothing)
+        assert str(caught.value) == (
+            "model.restore_from_path and model.data.train have no value; set them in the YAML or as "
+            "model.restore_from_path=... model.data.train=..."
+        )
+
+
 def test_overrides_are_checked_before_hydra_sees_them() -> None:
     check_overrides(
         ["model.mpo.beta=0.1", "exp_manager.wandb_logger_kwargs.name=x", "hydra.verbose=true", "--cfg", "job"]

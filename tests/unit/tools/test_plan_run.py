@@ -79,7 +79,7 @@ def test_a_model_is_its_folder_or_its_config(tmp_path: Path, capsys: pytest.Capt
         (["--sizes", QWEN, "model.tensor_parallel=5"], "unknown key model.tensor_parallel"),
         (["--sizes", QWEN, "--search", "trainer.precision=32"], "the search ranks by peaks of bf16"),
         (["--sizes", QWEN, "--gpu", "A100", "model.fp8=hybrid"], "A100 SXM has no FP8 products"),
-        (["--config", "absent.yaml"], "--config absent.yaml is not there"),
+        (["--config", "absent.yaml"], "there is no absent.yaml in"),
     ],
 )
 def test_what_cannot_be_planned_is_one_sentence(

@@ -1,0 +1,105 @@
+"""Groups of settings: the folders of conf/ of which a YAML's defaults list takes one file each.
+
+A command chooses another file of a group (`gpu=h100`). `compose_config` composes and parses; what cannot be composed is
+one sentence, said before Hydra sees it.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from mpo_megatron.config import Config, check_overrides, parse, register_schema
+from mpo_megatron.errors import ConfigError
+
+_CHOICE = re.compile(r"\$\{(\w+)\}")
+
+
+def groups(yaml: Path) -> dict[str, str]:
+    """The groups of a YAML's defaults list with what it takes of each, which may name other choices (`${gpu}`).
+
+    Raises:
+        ConfigError: there is no such YAML.
+    """
+    if not yaml.is_file():
+        near = ", ".join(sorted(path.stem for path in yaml.parent.glob("*.yaml")))
+        raise ConfigError(f"there is no {yaml.name} in {yaml.parent}; its YAMLs are {near or 'none'}")
+    # Not resolved: choices are Hydra's, not keys.
+    content = OmegaConf.to_container(OmegaConf.load(yaml))
+    defaults = content.get("defaults", []) if isinstance(content, dict) else []
+    found = [item for item in defaults if isinstance(item, dict)]
+    return {str(group): str(choice) for item in found for group, choice in item.items()}
+
+
+def files(yaml: Path, group: str) -> list[str]:
+    """What a group of this YAML can be, as a command names it."""
+    folder = yaml.parent / group
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+
+
+def check_command(yaml: Path, arguments: Sequence[str]) -> None:
+    """Check a command's overrides of a YAML: keys, groups, and that each group's file is there.
+
+    Raises:
+        ConfigError: an unknown key, a group that the YAML does not have, a choice or a combination that there is not.
+    """
+    taken = groups(yaml)
+    known = {path.name for path in yaml.parent.iterdir() if path.is_dir()}
+    check_overrides(arguments, known)
+    overrides = [
+        argument
+        for argument in arguments
+        if argument.startswith("~") or ("=" in argument and not argument.startswith("-"))
+    ]
+    for override in OverridesParser.create().parse_overrides(overrides):
+        group = override.key_or_group
+        if override.is_delete():
+            taken.pop(group, None)
+        elif group in taken:
+            taken[group] = str(override.value())
+        elif group in known:
+            choices = ", ".join(taken) or "none"
+            raise ConfigError(
+                f"{group}={override.value()} chooses from a group of settings that {yaml.name} does not take "
+                f"(it takes {choices}); remove it, or give --config-name another YAML"
+            )
+    for group, choice in taken.items():
+        _check_choice(yaml, group, choice, taken)
+
+
+def _check_choice(yaml: Path, group: str, choice: str, taken: dict[str, str]) -> None:
+    """Raise ConfigError unless the group has the file that is chosen."""
+    name = _CHOICE.sub(lambda found: taken.get(found[1], found[0]), choice)
+    there = files(yaml, group)
+    if name in there:
+        return
+    if name == choice:
+        raise ConfigError(f"{group}={name} is not known; choose one of {', '.join(there)}")
+    # The same pattern with every choice.
+    named = _CHOICE.findall(choice)
+    pattern = re.compile("([^/]+)".join(re.escape(part) for part in _CHOICE.split(choice)[::2]))
+    fitting = [found.groups() for found in map(pattern.fullmatch, there) if found]
+    sets = " or ".join(
+        " ".join(f"{key}={value}" for key, value in zip(named, values, strict=True)) for values in fitting
+    )
+    asked = " ".join(f"{key}={taken[key]}" for key in named)
+    raise ConfigError(f"{yaml.stem} has no {group} for {asked}; choose {sets}")
+
+
+def compose_config(yaml: Path, overrides: Sequence[str]) -> Config:
+    """The configuration that the main job has of a YAML and overrides.
+
+    Raises:
+        ConfigError: as the main job has it.
+    """
+    check_command(yaml, overrides)
+    register_schema()
+    try:
+        with initialize_config_dir(str(yaml.resolve().parent), version_base=None):
+            return parse(compose(yaml.stem, list(overrides)))
+    except HydraException as error:
+        raise ConfigError(f"{yaml}: {' '.join(str(error).split())}") from error
