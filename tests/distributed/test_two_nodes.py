@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.distributed.test_main_job import metrics, write_data
+from tests.distributed.test_main_job import exact, write_data
 from tests.helpers.agents import Ended, free_port, job, run_all, torchrun
 from tests.helpers.models import make_llama
 
@@ -47,16 +47,6 @@ def arguments(inputs: dict[str, Path], output: Path, cache: Path, *more: str) ->
     )
 
 
-def exact(folder: Path) -> list[dict[str, Any]]:
-    """All lines of metrics.jsonl without what a clock says."""
-    timed = {"seconds", "groups_per_second", "tokens_per_second"}
-    return [
-        {key: value for key, value in line.items() if key not in timed}
-        for split in ("train", "validation")
-        for line in metrics(folder, split)
-    ]
-
-
 @pytest.mark.timeout(3 * LIMIT)
 @pytest.mark.parametrize(
     ("ranks", "layout", "shared"),
@@ -84,8 +74,9 @@ def test_two_nodes_train_as_one(
     both = run_all(nodes, LIMIT, tmp_path)
     assert [ended.status for ended in both] == [0, 0], "\n".join(e.output[-2000:] for e in both)
 
-    assert exact(two) == exact(one)
-    assert len(exact(two)) == 3 + 4
+    for split, lines in (("train", 3), ("validation", 4)):
+        assert len(exact(two, split)) == lines
+        assert exact(two, split) == exact(one, split)
     ours, theirs = (load_file(folder / "hf" / "model.safetensors") for folder in (two, one))
     assert ours.keys() == theirs.keys()
     assert all(ours[name].equal(theirs[name]) for name in ours)
