@@ -24,20 +24,20 @@ from mpo_megatron.errors import ConfigError
 class TrainerConfig:
     """How long, how often, in which precision. Names as in NeMo and Lightning."""
 
-    num_nodes: int = 1
-    devices: int | None = None  # ranks on each node; None: as many as torchrun started
+    num_nodes: int = 1  # with `devices`, a check: torchrun says how many there are
+    devices: int | None = None  # ranks on each node; null: as many as torchrun started
     distributed_timeout_minutes: int = 30  # after which a collective that waits for a rank counts as hung
     accelerator: str = "auto"  # auto (the GPU where there is one) | gpu | cpu
     precision: int | str = "bf16"  # bf16 | 32
-    seed: int = 1234
-    max_epochs: int = 1
+    seed: int = 1234  # of the order of the groups, and of drawn masters
+    max_epochs: int = 1  # passes over the groups; not looked at if max_steps is given
     max_steps: int = -1  # optimizer steps, over as many epochs as they take; -1: all of max_epochs
-    log_every_n_steps: int = 1
+    log_every_n_steps: int = 1  # steps of which one is logged
     # Steps between validations (>= 1), a part of an epoch (< 1), or 0: at start and end only.
     val_check_interval: float = 0
-    limit_val_batches: int | None = None  # validation steps of global_batch_size groups; None: all
+    limit_val_batches: int | None = None  # validation steps of global_batch_size groups; null: all
     save_interval: int = 0  # steps between checkpoints; 0: at the end only
-    save_at_end: bool = True
+    save_at_end: bool = True  # write a checkpoint after the last step
     gradient_clip_val: float = 1.0  # global norm; 0: no clipping
 
 
@@ -58,10 +58,11 @@ class MpoConfig:
     checks them when a run starts.
     """
 
-    objective: str = "wmpo"  # a name of mpo_megatron.objectives.names()
+    objective: str = "wmpo"  # a name that tools/objectives.py prints
     sft_weight: float = 0.0  # of an SFT term on the best response, per token
-    partition: str = "mean"  # a name of mpo_megatron.data.partition.PARTITIONS
-    # cached (log-probs of the starting weights, computed once and kept on disk) | none; None: as the objective needs.
+    # Which responses are preferred: above the mean | median | trimmed_mean, the best, or those of keep_best (selected).
+    partition: str = "mean"
+    # cached (log-probs of the starting weights, computed once and kept on disk) | none; null: as the objective needs.
     reference: str | None = None
     hyper_parameters: dict[str, Any] = field(default_factory=dict)
 
@@ -73,20 +74,20 @@ class SchedConfig:
     name: str = "CosineAnnealing"  # CosineAnnealing | Linear | Constant
     warmup_ratio: float = 0.1  # part of the steps in which the learning rate rises
     warmup_steps: int | None = None  # instead of warmup_ratio
-    min_lr: float = 0.0
+    min_lr: float = 0.0  # where the schedule ends
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     """AdamW."""
 
-    lr: float = 5e-7
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
+    lr: float = 5e-7  # the highest of the schedule
+    weight_decay: float = 0.0  # decoupled from the gradient
+    betas: tuple[float, float] = (0.9, 0.999)  # decay of the first and of the second moment
+    eps: float = 1e-8  # added to the root of the second moment
     distributed: bool = True  # share the optimizer state among the data-parallel ranks
     # Where the float32 masters of bf16 weights begin: auto (at the starting model's own values, within their rounding;
-    # see training.masters) | rounded (at the bf16 weights).
+    # see docs/master-weights.md) | rounded (at the bf16 weights).
     master_weights: str = "auto"
     sched: SchedConfig = field(default_factory=SchedConfig)
 
@@ -96,18 +97,18 @@ class DataConfig:
     """Which groups, and how they become tokens. Lengths are in tokens."""
 
     train: str = MISSING  # JSONL, Parquet, a folder that `datasets` reads, or a hub name
-    validation: str | None = None
+    validation: str | None = None  # as train; null: no validation
     max_length: int = 4096  # prompt and response together
-    max_prompt_length: int = 2048
+    max_prompt_length: int = 2048  # of the prompt, chat template included
     truncation: str = "error"  # a prompt above max_prompt_length: error | skip | left (keep its end)
-    apply_chat_template: bool | None = None  # None: if the tokenizer has a template
-    system_prompt: str | None = None
-    # Train on so many of each group's best and of its worst responses; None: on all. See data.selection.
+    apply_chat_template: bool | None = None  # null: if the tokenizer has a template
+    system_prompt: str | None = None  # put before prompts that have none
+    # Train on so many of each group's best and of its worst responses; null: on all.
     keep_best: int | None = None
-    keep_worst: int | None = None
+    keep_worst: int | None = None  # as keep_best, of the worst
     score_noise: float = 0.0  # standard deviation of Gaussian noise on the scores, in units of score
-    score_noise_seed: int = 0
-    # Leave groups without a preferred response out; None: if they say nothing to the objective.
+    score_noise_seed: int = 0  # of the noise, with each group's id
+    # Leave groups without a preferred response out; null: if they say nothing to the objective.
     require_preferred: bool | None = None
     cache_dir: str = "~/.cache/mpo_megatron"  # tokenised data and reference log-probs
 
@@ -116,34 +117,34 @@ class DataConfig:
 class ModelConfig:
     """The model, its layout, and what it is trained on."""
 
-    restore_from_path: str = (
-        MISSING  # a Hugging Face folder, or a checkpoint of a run or of tools/convert_checkpoint.py
-    )
-    # Where the trained Hugging Face folder goes; None: <experiment folder>/hf; "": nowhere.
+    # A Hugging Face folder, or a checkpoint of a run or of tools/convert_checkpoint.py.
+    restore_from_path: str = MISSING
+    # Where the trained Hugging Face folder goes; null: <experiment folder>/hf; "": nowhere.
     export_path: str | None = None
-    # Of its weights: bf16 (float32 masters rounded) | float32 (the masters whole); None: as trained.
+    # Of its weights: bf16 (float32 masters rounded) | float32 (the masters whole); null: as trained.
     export_dtype: str | None = None
     # Make a Hugging Face folder of every checkpoint, in the background: <experiment folder>/exports/step_NNNNNNN.
     export_at_save: bool = False
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    virtual_pipeline_model_parallel_size: int | None = None
-    num_layers_in_first_pipeline_stage: int | None = None  # None: as many as the other stages
-    num_layers_in_last_pipeline_stage: int | None = None
-    context_parallel_size: int = 1
+    tensor_model_parallel_size: int = 1  # ranks that share each matrix
+    pipeline_model_parallel_size: int = 1  # ranks that the layers are cut over
+    virtual_pipeline_model_parallel_size: int | None = None  # model chunks of a pipeline rank, interleaved
+    num_layers_in_first_pipeline_stage: int | None = None  # of the first stage; null: as many as the others
+    num_layers_in_last_pipeline_stage: int | None = None  # of the last stage; null: as many as the others
+    context_parallel_size: int = 1  # ranks that share each row
     expert_model_parallel_size: int = 1  # ranks of context x data parallelism that share a layer's experts
-    sequence_parallel: bool | None = None  # None: with tensor parallelism
-    transformer_impl: str = "auto"  # auto | transformer_engine | local
+    # Tensor-parallel ranks share the sequence outside attention and feed-forward parts; null: with tensor parallelism.
+    sequence_parallel: bool | None = None
+    transformer_impl: str = "auto"  # whose layers: auto | transformer_engine | local
     attention_backend: str = "auto"  # auto | varlen | te | sdpa
-    # 8-bit products in Transformer Engine's layers: None | hybrid | e4m3; see model.fp8 for the recipes.
+    # 8-bit products in Transformer Engine's layers: null | hybrid | e4m3; see mpo_megatron/model/fp8.py.
     fp8: str | None = None
-    fp8_recipe: str = "tensorwise"  # delayed | tensorwise | blockwise | mxfp8
-    num_layers_at_start_in_bf16: int = 0  # of the model, with FP8 in the others
-    num_layers_at_end_in_bf16: int = 0
-    activations_checkpoint_granularity: str | None = None  # None | selective | full
-    activations_checkpoint_method: str | None = None  # uniform | block, for full
-    activations_checkpoint_num_layers: int | None = None  # for full
-    make_vocab_size_divisible_by: int = 128
+    fp8_recipe: str = "tensorwise"  # how scales are found: delayed | tensorwise | blockwise | mxfp8
+    num_layers_at_start_in_bf16: int = 0  # layers without FP8 at the start of the model
+    num_layers_at_end_in_bf16: int = 0  # layers without FP8 at its end
+    activations_checkpoint_granularity: str | None = None  # what is recomputed: null | selective | full
+    activations_checkpoint_method: str | None = None  # of full recomputation: uniform | block
+    activations_checkpoint_num_layers: int | None = None  # of full recomputation
+    make_vocab_size_divisible_by: int = 128  # embedding rows of a tensor-parallel rank, padded
     head_chunk_size: int = 1024  # response tokens whose logits exist at a time
     global_batch_size: int = 128  # prompts (groups) per optimizer step
     max_tokens_per_micro_batch: int = 8192  # token budget of a row
@@ -157,9 +158,9 @@ class ModelConfig:
 class Config:
     """The whole YAML. `exp_manager` is NeMo's own section and is checked by NeMo."""
 
-    name: str = "mpo_gpt"
+    name: str = "mpo_gpt"  # of the run's folder
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    exp_manager: dict[str, Any] = field(default_factory=dict)
+    exp_manager: dict[str, Any] = field(default_factory=dict)  # below
     model: ModelConfig = field(default_factory=ModelConfig)
 
     @property

@@ -93,7 +93,7 @@ fi
 
 rm -f "$stamp"
 : >"$log"
-say "installing into .venv: about 140 packages, 2 GB or more, a few minutes (log: $log)"
+say "installing into .venv: about 150 packages, 2 GB or more, a few minutes (log: $log)"
 if [[ $(uname -sm) == "Linux x86_64" && -z ${PIP_EXTRA_INDEX_URL:-}${PIP_INDEX_URL:-} ]]; then
     say "without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu may save several GB of CUDA libraries"
 fi

@@ -19,6 +19,7 @@ import pytest
 from tests.distributed.test_main_job import metrics, write_data
 from tests.helpers.agents import ENVIRONMENT, run_all
 from tests.helpers.models import make_llama
+from tests.helpers.pages import DOCS, blocks
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "slurm.sh"
@@ -276,19 +277,14 @@ def test_restarts_have_an_end(tmp_path: Path) -> None:
     assert not (tmp_path / "log.requeued").exists()
 
 
-def commands() -> list[str]:
-    """The bash blocks of docs/launch.md."""
-    return re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "launch.md").read_text(), re.S)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(5 * LIMIT)
 def test_the_commands_of_the_page_train_alike(inputs: dict[str, Path], tmp_path: Path) -> None:
     """Word for word: on one node with two ranks, on two nodes in two ways, and by sbatch."""
-    blocks = commands()
-    assert len(blocks) == 4
+    commands = [block.text for block in blocks(DOCS / "launch.md", "bash")]
+    assert len(commands) == 4
     found = []
-    for number, block in enumerate(blocks):
+    for number, block in enumerate(commands):
         folder = tmp_path / str(number)
         folder.mkdir()
         is_batch, nodes = "sbatch" in block, 1 if number in (0, 3) else 2
