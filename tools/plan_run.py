@@ -23,8 +23,7 @@ from rich.table import Table
 from mpo_megatron import objectives
 from mpo_megatron.config import Config, check_overrides, parse
 from mpo_megatron.config_groups import compose_config
-from mpo_megatron.conversion.hf_folder import load_tokenizer, model_folder
-from mpo_megatron.data import TokenizeOptions, build_dataset
+from mpo_megatron.conversion.hf_folder import model_folder
 from mpo_megatron.errors import ConfigError, UserError
 from mpo_megatron.model.architecture import FAMILIES, Architecture, check_layout, read_architecture
 from mpo_megatron.model.fp8 import Fp8, row_alignment
@@ -39,6 +38,8 @@ from mpo_megatron.planning.run import Run
 from mpo_megatron.planning.search import Found, search
 from mpo_megatron.runtime.parallel import check_world
 from mpo_megatron.scheduling.layout import GroupLengths
+from mpo_megatron.scheduling.rows import group_lengths
+from mpo_megatron.training.data import open_data, selection_of
 
 SIZES = ("layers", "hidden", "ffn", "heads", "kv_heads", "vocab", "head_dim", "tied", "family")
 # For what is not given as a file: no data are read and no weights.
@@ -152,7 +153,7 @@ def architecture_of_sizes(text: str) -> Architecture:
 
 
 def lengths(args: argparse.Namespace, config: Config) -> list[GroupLengths]:
-    """Of a global batch: as given, or the first groups of the data (tokenised, or from the cache)."""
+    """Of a global batch: as given, or the first groups that the job would train on (tokenised, or from the cache)."""
     batch = config.model.global_batch_size
     if args.prompt is not None:
         try:
@@ -162,25 +163,9 @@ def lengths(args: argparse.Namespace, config: Config) -> list[GroupLengths]:
                 f"--responses {args.responses}: give whole numbers, separated by commas"
             ) from None
         return even_groups(args.prompt, responses, args.n, batch)
-    data = config.model.data
-    options = TokenizeOptions(
-        max_prompt_length=data.max_prompt_length,
-        max_length=data.max_length,
-        truncation=data.truncation,
-        apply_chat_template=data.apply_chat_template,
-        system_prompt=data.system_prompt,
-    )
-    tokenizer = load_tokenizer(model_folder(config.model.restore_from_path))
-    found = build_dataset(
-        data.train, tokenizer, options, cache_dir=Path(data.cache_dir).expanduser() / "data"
-    )
-    groups = []
-    for i in range(min(batch, len(found))):
-        first, stop = found.response_offsets[i : i + 2]
-        groups.append(
-            GroupLengths(int(found.prompt_lengths[i]), tuple(found.response_lengths[first:stop].tolist()))
-        )
-    return groups
+    entry = objectives.get(config.model.mpo.objective)
+    found = open_data(config, selection_of(config, entry), config.model.data.train)
+    return [group_lengths(found, i) for i in range(min(batch, len(found)))]
 
 
 def plan(args: argparse.Namespace, config: Config, a: Architecture, groups: list[GroupLengths]) -> None:

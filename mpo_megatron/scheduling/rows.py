@@ -93,6 +93,14 @@ class StepRows:
         return [iter(self.rows[:stop]) for _ in range(num_chunks)]
 
 
+def group_lengths(dataset: Groups, position: int) -> GroupLengths:
+    """Token counts of the group at `position` of a data set."""
+    first, stop = dataset.response_offsets[position : position + 2]
+    return GroupLengths(
+        int(dataset.prompt_lengths[position]), tuple(dataset.response_lengths[first:stop].tolist())
+    )
+
+
 class RowSource:
     """Plans and packs steps of one data set. Every rank makes the whole plan and packs its own part.
 
@@ -150,11 +158,7 @@ class RowSource:
 
     def lengths(self, position: int) -> GroupLengths:
         """Token counts of the group at `position` of the data set."""
-        first, stop = self.dataset.response_offsets[position : position + 2]
-        return GroupLengths(
-            int(self.dataset.prompt_lengths[position]),
-            tuple(self.dataset.response_lengths[first:stop].tolist()),
-        )
+        return group_lengths(self.dataset, position)
 
     def count_split(self) -> int:
         """Groups of the data set that are larger than a row, and so run in two passes."""

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 
 from mpo_megatron import objectives
-from mpo_megatron.config import Config, DataConfig
-from mpo_megatron.conversion.hf_folder import WeightReader, is_checkpoint, load_tokenizer, model_folder
+from mpo_megatron.config import Config
+from mpo_megatron.conversion.hf_folder import WeightReader, is_checkpoint, model_folder
 from mpo_megatron.conversion.torch_dist import CheckpointReader
-from mpo_megatron.data import GroupDataset, Selection, TokenizeOptions, build_dataset
+from mpo_megatron.data import GroupDataset
 from mpo_megatron.data.readers import content_digest
 from mpo_megatron.errors import ConfigError
 from mpo_megatron.model.architecture import Architecture, check_layout, read_architecture
@@ -29,6 +29,7 @@ from mpo_megatron.runtime.parallel import ParallelLayout, initialize, raising_to
 from mpo_megatron.scheduling.order import in_order, step_groups, steps_per_epoch
 from mpo_megatron.scheduling.plan import Pipeline
 from mpo_megatron.scheduling.rows import RowSource
+from mpo_megatron.training.data import open_data, selection_of
 from mpo_megatron.training.nodes import check_same_job, check_same_model
 
 DTYPES = {"bf16": torch.bfloat16, "32": torch.float32}
@@ -85,7 +86,7 @@ def prepare(config: Config) -> Setup:
             sequence_parallel=config.sequence_parallel,
         )
         check_export_path(config)
-        selection = _selection(config, entry)
+        selection = selection_of(config, entry)
         device = choose_device(config.trainer.accelerator)
         options = model_options(config, device)
         if options.fp8 is not None:
@@ -107,7 +108,7 @@ def prepare(config: Config) -> Setup:
             path = model.restore_from_path
             CheckpointReader(path) if is_checkpoint(path) else WeightReader(path)
 
-    train_data = _on_one_rank_per_node(partial(_open, config, selection), model.data.train, layout)
+    train_data = _on_one_rank_per_node(partial(open_data, config, selection), model.data.train, layout)
     per_epoch = steps_per_epoch(len(train_data), model.global_batch_size)
     total = (
         config.trainer.max_steps if config.trainer.max_steps != -1 else per_epoch * config.trainer.max_epochs
@@ -119,7 +120,7 @@ def prepare(config: Config) -> Setup:
         _check_one_pass(options.fp8, train_rows, entry)
     validation = None
     if model.data.validation:
-        data = _on_one_rank_per_node(partial(_open, config, selection), model.data.validation, layout)
+        data = _on_one_rank_per_node(partial(open_data, config, selection), model.data.validation, layout)
         steps = list(in_order(len(data), batch))[: config.trainer.limit_val_batches]
         rows = _rows(data, config, architecture, layout, entry, options.fp8)
         validation = Split("validation", data, rows, steps)
@@ -232,28 +233,6 @@ def check_export_path(config: Config) -> None:
         )
 
 
-def _selection(config: Config, entry: objectives.Entry) -> Selection:
-    """Which responses are trained on, and which are preferred.
-
-    Raises:
-        ConfigError: groups are to be kept that say nothing to the objective, or values do not go together.
-    """
-    data = config.model.data
-    if data.require_preferred is False and entry.needs_partition:
-        raise ConfigError(
-            f"model.data.require_preferred=false: a group without a preferred response says nothing to the objective "
-            f"{entry.name}; remove it"
-        )
-    return Selection(
-        partition=config.model.mpo.partition,
-        keep_best=data.keep_best,
-        keep_worst=data.keep_worst,
-        score_noise=data.score_noise,
-        score_noise_seed=data.score_noise_seed,
-        needs_preferred=entry.needs_partition if data.require_preferred is None else data.require_preferred,
-    )
-
-
 def _check_devices(config: Config, layout: ParallelLayout) -> None:
     """`trainer.devices`, where given, is a check: torchrun decides how many ranks there are."""
     trainer = config.trainer
@@ -263,21 +242,6 @@ def _check_devices(config: Config, layout: ParallelLayout) -> None:
             f"{layout.world_size} ranks that torchrun started; make --nnodes and --nproc-per-node agree with them, "
             "or remove trainer.devices"
         )
-
-
-def _open(config: Config, selection: Selection, path: str) -> GroupDataset:
-    """The tokenised groups of a data source, made or opened."""
-    data: DataConfig = config.model.data
-    options = TokenizeOptions(
-        max_prompt_length=data.max_prompt_length,
-        max_length=data.max_length,
-        truncation=data.truncation,
-        apply_chat_template=data.apply_chat_template,
-        system_prompt=data.system_prompt,
-    )
-    tokenizer = load_tokenizer(model_folder(config.model.restore_from_path))
-    cache = Path(data.cache_dir).expanduser() / "data"
-    return build_dataset(path, tokenizer, options, cache_dir=cache, selection=selection)
 
 
 def _on_one_rank_per_node(

@@ -50,6 +50,9 @@ def test_lengths_from_data_of_a_yaml(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "no peak of float32 products" in printed
     assert main([*arguments, *data, *lengths, BF16]) == 0
     assert "groups/s" in capsys.readouterr().out
+    # What is trained on is selected, as in the job.
+    assert main([*arguments, *data, *lengths, "model.data.keep_best=1", "model.data.keep_worst=1"]) == 0
+    assert "8 groups, 2.0 responses each" in capsys.readouterr().out
 
 
 def test_a_model_is_its_folder_or_its_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,46 @@
+"""What of the data a run trains on, as its configuration says: read, tokenised, and selected. Imports no Megatron."""
+
+from pathlib import Path
+
+from mpo_megatron import objectives
+from mpo_megatron.config import Config
+from mpo_megatron.conversion.hf_folder import load_tokenizer, model_folder
+from mpo_megatron.data import GroupDataset, Selection, TokenizeOptions, build_dataset
+from mpo_megatron.errors import ConfigError
+
+
+def selection_of(config: Config, entry: objectives.Entry) -> Selection:
+    """Which responses are trained on, and which are preferred.
+
+    Raises:
+        ConfigError: groups are to be kept that say nothing to the objective, or values do not go together.
+    """
+    data = config.model.data
+    if data.require_preferred is False and entry.needs_partition:
+        raise ConfigError(
+            f"model.data.require_preferred=false: a group without a preferred response says nothing to the objective "
+            f"{entry.name}; remove it"
+        )
+    return Selection(
+        partition=config.model.mpo.partition,
+        keep_best=data.keep_best,
+        keep_worst=data.keep_worst,
+        score_noise=data.score_noise,
+        score_noise_seed=data.score_noise_seed,
+        needs_preferred=entry.needs_partition if data.require_preferred is None else data.require_preferred,
+    )
+
+
+def open_data(config: Config, selection: Selection, path: str) -> GroupDataset:
+    """The tokenised groups of a data source, made or opened."""
+    data = config.model.data
+    options = TokenizeOptions(
+        max_prompt_length=data.max_prompt_length,
+        max_length=data.max_length,
+        truncation=data.truncation,
+        apply_chat_template=data.apply_chat_template,
+        system_prompt=data.system_prompt,
+    )
+    tokenizer = load_tokenizer(model_folder(config.model.restore_from_path))
+    cache = Path(data.cache_dir).expanduser() / "data"
+    return build_dataset(path, tokenizer, options, cache_dir=cache, selection=selection)
