@@ -197,9 +197,7 @@ def plan(args: argparse.Namespace, config: Config, a: Architecture, groups: list
                 f"trainer.precision={config.precision}: the search ranks by peaks of bf16 products; set it to bf16"
             )
         began = time.process_time()
-        found = search(
-            a, run, groups, machine, args.efficiency, lambda tp: multiple_of(fp8, tp), fp8 is not None
-        )
+        found = search(a, run, groups, machine, args.efficiency, lambda tp: multiple_of(fp8, tp))
         say("search", f"{time.process_time() - began:.1f} s of processor time")
         show_search(console, found, machine, args.top, fp8 is not None)
         return
@@ -272,7 +270,7 @@ def show_run(
     if run.element == 4:
         say("time", "left out: the table of chips has no peak of float32 products")
         return
-    expected = step_time(a, run, shape, machine, args.efficiency, fp8)
+    expected = step_time(a, run, shape, machine, args.efficiency)
     stated = groups_per_second(flops.model(run.shared_prompt), len(groups), machine, args.mfu, fp8)
     say("at", f"{args.mfu:.0%} MFU: {stated:.2f} groups/s")
     say("expected", f"{expected.groups_per_second:.2f} groups/s, {expected.mfu(machine, fp8):.1%} MFU, "

@@ -39,6 +39,7 @@ def run_of(
             model.activations_checkpoint_num_layers,
         ),
         element=_ELEMENT[config.precision],
+        fp8=model.fp8 is not None,
         transformer_engine=transformer_engine,
         fused=fused,
         attention=attention,

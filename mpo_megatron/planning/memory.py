@@ -2,7 +2,8 @@
 
 What this package's training holds (training.optimizer, Megatron's DistributedDataParallel and optimizers):
 
-- weights in the model's type, in Megatron's contiguous buffers;
+- weights in the model's type, in Megatron's contiguous buffers; in FP8 also their casts, one as it is and one
+  transposed, which Transformer Engine keeps over the rows of a step (the embedding has none: it is counted in vain);
 - gradients in float32 buffers of the same sizes (`grad_reduce_in_fp32`), whole on every rank;
 - Adam's two float32 moments and, of bf16 weights, float32 masters, shared among the data- and context-parallel ranks by
   the distributed optimizer: 12 bytes a weight over all of them;
@@ -21,6 +22,7 @@ from mpo_megatron.planning.run import Run, different_stages
 
 _FLOAT32 = 4
 GIB = 2**30
+_FP8_CASTS = 2  # bytes of a weight
 # CUDA's context, NCCL's buffers and cuBLAS's workspaces, and what the allocator cannot use: an allowance, not measured
 # on this package's runs.
 RESERVED = 3 * GIB
@@ -68,9 +70,10 @@ def stage_memory(a: Architecture, run: Run, shape: StepShape, stage: int) -> Sta
     state = (3 if run.element == 2 else 2) * _FLOAT32
     shares = (run.replicas, expert_replicas(run)) if run.distributed_optimizer else (1, 1)
     kept, in_flight = _activations(a, run, shape, stage)
+    count = sum(chunk.count for chunk in parameters)
     return StageMemory(
-        parameters=sum(chunk.count for chunk in parameters),
-        weights=(dense + experts) * run.element,
+        parameters=count,
+        weights=(dense + experts) * run.element + (count * _FP8_CASTS if run.fp8 else 0),
         gradients=(dense + experts) * _FLOAT32,
         optimizer=dense // shares[0] * state + experts // shares[1] * state,
         activations=kept,

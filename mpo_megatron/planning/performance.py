@@ -54,11 +54,9 @@ class StepTime:
         return self.model_flops / self.seconds / machine.gpus / machine.gpu.peak(fp8)
 
 
-def step_time(
-    a: Architecture, run: Run, shape: StepShape, machine: Machine, efficiency: float, fp8: bool = False
-) -> StepTime:
+def step_time(a: Architecture, run: Run, shape: StepShape, machine: Machine, efficiency: float) -> StepTime:
     """Time of a step, by its slowest stage and costliest data-parallel rank."""
-    rate = machine.gpu.peak(fp8) * efficiency
+    rate = machine.gpu.peak(run.fp8) * efficiency
     slowest = max(
         (_stage_seconds(a, run, shape, stage, machine, rate) for stage in different_stages(run)), key=sum
     )

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from mpo_megatron.errors import ConfigError
 from mpo_megatron.model.architecture import Architecture
 from mpo_megatron.planning.hardware import Machine
-from mpo_megatron.planning.memory import RESERVED, stage_memory
+from mpo_megatron.planning.memory import RESERVED, largest_stage
 from mpo_megatron.planning.performance import StepTime, step_time
-from mpo_megatron.planning.profile import StepShape, plan_rows
-from mpo_megatron.planning.run import Run, different_stages
+from mpo_megatron.planning.profile import plan_rows
+from mpo_megatron.planning.run import Run
 from mpo_megatron.planning.search import search
 from mpo_megatron.scheduling.layout import GroupLengths
 
@@ -21,9 +21,6 @@ from mpo_megatron.scheduling.layout import GroupLengths
 SPARE = 0.05
 # Groups/s that a simpler layout may be behind the best. Times of the planner are no better than that.
 WORTH_IT = 0.03
-# Bytes of a weight's casts, which Transformer Engine keeps over the rows of a step: one as it is and one transposed.
-# The plan of an FP8 run is of bf16 otherwise: too much by the embedding, and by what FP8 saves of activations.
-FP8_COPIES = 2
 
 
 @dataclass(frozen=True)
@@ -60,9 +57,9 @@ class Cost:
 def cost_of(a: Architecture, run: Run, target: Target, lengths: Lengths, efficiency: float) -> Cost:
     """What the planner says of a run. `efficiency` is as in `performance.step_time`."""
     shape = plan_rows(lengths.typical, run, a.cost_model)
-    typical = _memory(a, run, target, shape)
-    time = step_time(a, run, shape, target.machine, efficiency, target.fp8)
-    return Cost(max(typical, _extreme_memory(a, run, target, lengths)), typical, time)
+    typical = largest_stage(a, run, shape).total
+    time = step_time(a, run, shape, target.machine, efficiency)
+    return Cost(max(typical, _extreme_memory(a, run, lengths)), typical, time)
 
 
 def choose(a: Architecture, base: Run, target: Target, lengths: Lengths, efficiency: float) -> Run:
@@ -77,11 +74,11 @@ def choose(a: Architecture, base: Run, target: Target, lengths: Lengths, efficie
     allowed = target.capacity * (1 - SPARE)
     fast: list[tuple[int, int, Run]] = []
     best = 0.0
-    found = search(a, base, lengths.typical, target.machine, efficiency, target.multiple_of, target.fp8)
+    found = search(a, base, lengths.typical, target.machine, efficiency, target.multiple_of)
     for one in found.candidates:
         if one.time.groups_per_second < best * (1 - WORTH_IT):
             break
-        memory = max(_memory(a, one.run, target, one.shape), _extreme_memory(a, one.run, target, lengths))
+        memory = max(one.memory.total, _extreme_memory(a, one.run, lengths))
         if memory <= allowed:
             best = best or one.time.groups_per_second
             fast.append((_cuts(one.run), memory, one.run))
@@ -91,16 +88,10 @@ def choose(a: Architecture, base: Run, target: Target, lengths: Lengths, efficie
     return min(fast, key=lambda item: item[:2])[2]
 
 
-def _memory(a: Architecture, run: Run, target: Target, shape: StepShape) -> int:
-    """Bytes on a GPU of the stage that takes most."""
-    copies = FP8_COPIES if target.fp8 else 0
-    stages = (stage_memory(a, run, shape, stage) for stage in different_stages(run))
-    return max(stage.total + copies * stage.parameters for stage in stages)
-
-
-def _extreme_memory(a: Architecture, run: Run, target: Target, lengths: Lengths) -> int:
-    """The same, of the extreme that takes most."""
-    return max(_memory(a, run, target, plan_rows(groups, run, a.cost_model)) for groups in lengths.extremes)
+def _extreme_memory(a: Architecture, run: Run, lengths: Lengths) -> int:
+    """Bytes on a GPU of the stage that takes most, of the extreme that takes most."""
+    shapes = [plan_rows(groups, run, a.cost_model) for groups in lengths.extremes]
+    return max(largest_stage(a, run, shape).total for shape in shapes)
 
 
 def _cuts(run: Run) -> int:

@@ -53,6 +53,7 @@ class Run:
 
     Attributes:
         element: bytes of a weight or an activation: 2 in bf16, 4 in float32.
+        fp8: whether products cast their operands to 8 bits.
         transformer_engine: whether the layers are Transformer Engine's; Megatron's local ones otherwise.
         fused: whether Megatron's fused operations run, as they do on GPUs: SwiGLU, and RMSNorm without its own
             float32 copies.
@@ -72,6 +73,7 @@ class Run:
     last_stage: int | None = None
     recompute: Recompute = NO_RECOMPUTE
     element: int = 2
+    fp8: bool = False
     transformer_engine: bool = True
     fused: bool = True
     attention: str = "varlen"

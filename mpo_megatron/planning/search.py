@@ -59,7 +59,6 @@ def search(
     machine: Machine,
     efficiency: float,
     multiple_of: Callable[[int], int],
-    fp8: bool = False,
 ) -> Found:
     """Try all layouts of `machine`.
 
@@ -93,7 +92,7 @@ def search(
                 reason = f"more than the {machine.gpu.memory / GIB:.0f} GiB less {RESERVED / GIB:.0f}: {part}"
                 refuse(reason, memory.total - capacity, tried)
                 continue
-            time = step_time(a, tried, shapes[key], machine, efficiency, fp8)
+            time = step_time(a, tried, shapes[key], machine, efficiency)
             candidates.append(Candidate(tried, memory, time, shapes[key]))
     candidates.sort(key=lambda found: -found.time.groups_per_second)
     reasons = [

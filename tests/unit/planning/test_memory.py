@@ -49,6 +49,13 @@ def test_early_stages_hold_more_rows() -> None:
     assert kept[0] == pytest.approx(4 * kept[1] / 3) == pytest.approx(2 * kept[2])
 
 
+def test_fp8_keeps_two_casts_of_each_weight() -> None:
+    for run in (Run(), Run(tp=2, pp=2)):
+        for plain, cast in zip(memory(run), memory(replace(run, fp8=True)), strict=True):
+            assert cast.weights - plain.weights == 2 * plain.parameters
+            assert cast.total - plain.total == 2 * plain.parameters
+
+
 def test_recomputation_orders_memory() -> None:
     none, scores, layers = (
         memory(Run(recompute=recompute))[0].activations
