@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from tests.distributed import test_main_job as main_job
 from tests.distributed.test_main_job import exact, write_data
 from tests.helpers.agents import Ended, free_port, job, run_all, torchrun
 from tests.helpers.models import make_llama
@@ -33,18 +34,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def arguments(inputs: dict[str, Path], output: Path, cache: Path, *more: str) -> list[str]:
-    return job(
-        f"model.restore_from_path={inputs['model']}",
-        f"model.data.train={inputs['train']}",
-        f"model.data.validation={inputs['validation']}",
-        f"model.data.cache_dir={cache}",
-        f"exp_manager.explicit_log_dir={output}",
-        "exp_manager.resume_if_exists=true",
-        "trainer.max_steps=3",
-        "model.optim.lr=1e-3",
-        "model.max_tokens_per_micro_batch=512",
-        *more,
-    )
+    found = main_job.arguments({**inputs, "cache": cache}, output)
+    return job(*found, "exp_manager.resume_if_exists=true", "trainer.max_steps=3", *more)
 
 
 @pytest.mark.timeout(3 * LIMIT)
