@@ -10,6 +10,10 @@ Each response attends to its prompt, stored once, and to itself. The backends co
 Under context parallelism a rank has the queries of the tokens it holds and gathers the keys and values of the whole row
 (with grouped-query attention these are the small part); its segments say which of them each query sees.
 
+For the backward pass a layer keeps its keys and values once, as this rank holds them: neither a prompt's again for each
+of its responses nor those of other ranks. What the backend was given is made again from them (`copies`,
+`context_keys`).
+
 Shapes: T packed tokens, t of them held by this rank (T without context parallelism), Hq query heads and Hkv key-value
 heads of this rank, D head size.
 """
@@ -19,21 +23,24 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mpo_megatron.errors import ConfigError
+from mpo_megatron.model.context_keys import ContextKeys, gather_row
+from mpo_megatron.model.copies import Copies, Make
 from mpo_megatron.model.segments import RowParams
+from mpo_megatron.ragged.reads import Reads, read
 from mpo_megatron.runtime import capabilities, choices
 from mpo_megatron.runtime.facts import Library
-from mpo_megatron.scheduling.layout import Span, context_spans
+from mpo_megatron.scheduling.layout import Span
 
-# (q [t, Hq, D], k [T, Hkv, D], v [T, Hkv, D], params) -> [used, Hq * D]: outputs of the held tokens, padding left out.
+# (q [t, Hq, D], k [T, Hkv, D], v [T, Hkv, D], params) -> [t, Hq * D]: outputs of the held tokens. Those of padding are
+# finite and say nothing.
 Backend = Callable[[Tensor, Tensor, Tensor, RowParams], Tensor]
 VarlenKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
 
@@ -46,56 +53,80 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, params: RowParams, scale: float | None
     Args:
         scale: what scores are multiplied with; None for 1 / sqrt(D), here and in the other backends.
     """
-    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))  # [1, heads, T, D]
+    segments = params.segments
+    if not segments:
+        # Every parameter keeps a place in the graph, and every rank its part in the collectives of the backward pass.
+        return (q * 0 + (k.sum() + v.sum()) * 0).flatten(1)
+    copies = Copies()
+    kept = copies.keep(k), copies.keep(v)
     gqa = q.size(1) != k.size(1)
-    queries = _split(q, [segment.queries for segment in params.segments])
-    keys, values = (_split(t, params.pieces) for t in (k, v))
+    lengths = [segment.queries.length for segment in segments]
+    queries = q.split([*lengths, len(q) - sum(lengths)])
+    parts = [_split(t, params.pieces) for t in (k, v)]
     outputs = []
-    for segment in params.segments:
-        mask = params.masks.get((segment.queries.length, segment.num_keys))
-        outputs.append(
-            F.scaled_dot_product_attention(
-                queries[segment.queries.start],
-                _join(keys, segment.keys),
-                _join(values, segment.keys),
+    with copies.not_kept():
+        for segment, own in zip(segments, queries, strict=False):
+            keys, values = (
+                copies.add(_join([pieces[span.start] for span in segment.keys], segment.keys),
+                           partial(_slices, whole, segment.keys))
+                for pieces, whole in zip(parts, kept, strict=True)
+            )  # fmt: skip
+            mask = params.mask(segment, q.dtype)
+            out = F.scaled_dot_product_attention(
+                _heads_first(own),
+                keys,
+                values,
                 attn_mask=mask,
                 is_causal=mask is None,
                 scale=scale,
                 enable_gqa=gqa,
             )
-        )
-    return torch.cat(outputs, dim=2)[0].transpose(0, 1).flatten(1)
+            outputs.append(out[0].transpose(0, 1))
+    return torch.cat([*outputs, queries[-1] * 0]).flatten(1)
+
+
+def _heads_first(tensor: Tensor) -> Tensor:
+    """[1, heads, tokens, D] of [tokens, heads, D]."""
+    return tensor.transpose(0, 1)[None]
 
 
 def _split(tensor: Tensor, spans: Sequence[Span]) -> dict[int, Tensor]:
-    """The parts of [1, heads, T, D] at spans that follow each other from 0 without gaps, by their starts."""
+    """The parts of [T, heads, D] at spans that follow each other from 0 without gaps, by their starts."""
     lengths = [span.length for span in spans]
-    parts = tensor.split([*lengths, tensor.size(2) - sum(lengths)], dim=2)
+    parts = tensor.split([*lengths, len(tensor) - sum(lengths)])
     return {span.start: part for span, part in zip(spans, parts, strict=False)}
 
 
-def _join(parts: dict[int, Tensor], spans: Sequence[Span]) -> Tensor:
-    """The parts that begin where the spans do, cut to the spans' lengths, one after the other."""
-    found = [parts[span.start] for span in spans]
+def _join(parts: Sequence[Tensor], spans: Sequence[Span]) -> Tensor:
+    """[1, heads, keys, D]: the parts [.., heads, D], cut to the spans' lengths, one after the other."""
     # Under context parallelism a segment may end within its response.
-    cut = [p if p.size(2) == s.length else p[:, :, : s.length] for p, s in zip(found, spans, strict=True)]
-    return cut[0] if len(cut) == 1 else torch.cat(cut, dim=2)
+    cut = [p if len(p) == s.length else p[: s.length] for p, s in zip(parts, spans, strict=True)]
+    return _heads_first(cut[0] if len(cut) == 1 else torch.cat(cut))
+
+
+def _slices(whole: Make, spans: Sequence[Span]) -> Tensor:
+    """What `_join` made of the whole [T, heads, D]."""
+    tensor = whole()
+    return _join([tensor[span.start : span.stop] for span in spans], spans)
 
 
 def varlen(kernel: VarlenKernel) -> Backend:
     """A backend of one call to `kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k)`, bottom-right causal."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, params: RowParams) -> Tensor:
-        out = kernel(
-            q[: params.row.used_tokens],
-            k[params.key_index],
-            v[params.key_index],
-            *params.cu_seqlens,
-            *params.longest,
+        index, copies = params.row.attention, Copies()
+        keys, values = (
+            copies.add(read(t, index.keys), partial(_read_again, copies.keep(t), index.keys)) for t in (k, v)
         )
+        with copies.not_kept():
+            out = kernel(q, keys, values, index.cu_queries, index.cu_keys, *index.longest)
         return out.flatten(1)
 
     return attend
+
+
+def _read_again(whole: Make, reads: Reads) -> Tensor:
+    return read(whole(), reads)
 
 
 def _flash_attn_kernel(scale: float | None) -> VarlenKernel:
@@ -231,29 +262,18 @@ class SharedPromptAttention(MegatronModule):
         packed_seq_params: RowParams,
         **kwargs: Any,
     ) -> Tensor:
-        """[t, 1, Hq * D] from query [t, 1, Hq, D] and key, value [t, 1, Hkv, D]; padding comes out as zeros."""
-        tokens, _, heads, size = query.shape
-        row = packed_seq_params.row
-        if self.config.context_parallel_size > 1:
-            key, value = gather_row((key, value), row.row_tokens, parallel_state.get_context_parallel_group())
-        if row.used_tokens == 0:
-            # Every parameter keeps a place in the graph, and every rank its part in the collectives of the backward
-            # pass.
-            return query.reshape(tokens, 1, heads * size) * 0 + (key.sum() + value.sum()) * 0
-        out = self.attend(query[:, 0], key[:, 0], value[:, 0], packed_seq_params)
-        return F.pad(out, (0, 0, 0, tokens - row.used_tokens))[:, None]
-
-
-def gather_row(held: tuple[Tensor, ...], row_tokens: int, group: dist.ProcessGroup) -> tuple[Tensor, ...]:
-    """Keys and values [t, 1, Hkv, D] of all context-parallel ranks as [T, 1, Hkv, D] in the row's order.
-
-    One collective for all; its backward pass sums the gradients over the ranks and gives each its own tokens' part.
-    """
-    gathered = tensor_parallel.gather_from_sequence_parallel_region(
-        torch.cat(held, dim=2), tensor_parallel_output_grad=True, group=group
-    )
-    size = dist.get_world_size(group)
-    spans = [span for rank in range(size) for span in context_spans(row_tokens, size, rank)]
-    chunks = gathered.split([span.length for span in spans])
-    in_order = [chunks[i] for i in sorted(range(len(spans)), key=lambda i: spans[i].start)]
-    return torch.cat(in_order).split([part.size(2) for part in held], dim=2)
+        """[t, 1, Hq * D] from query [t, 1, Hq, D] and key, value [t, 1, Hkv, D]; that of padding says nothing."""
+        params = packed_seq_params
+        if self.config.context_parallel_size == 1:
+            # Values are a view of a product that has queries and keys in it, too; kept as such they would keep it all.
+            return self.attend(query[:, 0], key[:, 0], value[:, 0].contiguous(), params)[:, None]
+        group = parallel_state.get_context_parallel_group()
+        if self.config.recompute_granularity is not None or not torch.is_grad_enabled():
+            # What is computed again keeps nothing for long.
+            keys, values = gather_row(key[:, 0], value[:, 0], params.row.row_tokens, group)
+            return self.attend(query[:, 0], keys, values, params)[:, None]
+        context = ContextKeys(params.row.row_tokens, group)
+        keys, values = context.gather(key[:, 0], value[:, 0])
+        with context.not_kept():
+            out = self.attend(query[:, 0], keys, values, params)
+        return context.before_backward(out)[:, None]

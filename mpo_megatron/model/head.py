@@ -23,8 +23,9 @@ from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
 
 from mpo_megatron.model.products import full_product
+from mpo_megatron.ragged.reads import read
 from mpo_megatron.ragged.segments import segment_sum
-from mpo_megatron.scheduling.pack import PackedRow, Reads
+from mpo_megatron.scheduling.pack import PackedRow
 
 # Raised where the log-probs of the same model and row become others in the last bit: caches of them hold it.
 ARITHMETIC = 2
@@ -108,29 +109,6 @@ def _chunks(size: int, chunk: int) -> list[slice]:
     return [slice(start, min(start + chunk, size)) for start in range(0, size, chunk)]
 
 
-class _Predicting(torch.autograd.Function):
-    """[N, H] the hidden states [t, H] that predict the targets.
-
-    The backward pass turns it round: each token gets its target's gradient, and those that predict several the sum of
-    theirs, in the order of the targets. An `index_add` would add them up in whatever order.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, reads: Reads) -> Tensor:
-        ctx.reads = reads
-        return hidden.index_select(0, reads.places)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        reads = ctx.reads
-        if not len(grad):
-            return grad.new_zeros(reads.target.numel(), grad.size(1)), None
-        hidden_grad = grad.index_select(0, reads.target).masked_fill_(reads.unread[:, None], 0)
-        shared = grad.index_select(0, reads.several).to(torch.promote_types(grad.dtype, torch.float32))
-        sums = segment_sum(shared, reads.by_place).to(grad.dtype)
-        return hidden_grad.index_copy_(0, reads.shared_places.long(), sums), None
-
-
 class _SumOverContext(torch.autograd.Function):
     """Sum over the context-parallel ranks, each of which then computes the same loss: the gradient goes back as it
     is.
@@ -191,7 +169,7 @@ class ResponseHead(tensor_parallel.ColumnParallelLinear):
         row = self.row
         first = dist.get_rank(self.tp_group) * weight.size(0)
         real = max(0, min(weight.size(0), self.vocab_size - first))
-        predicting = _Predicting.apply(hidden.squeeze(1), row.reads)
+        predicting = read(hidden.squeeze(1), row.reads)
         token_logps = _TokenLogProbs.apply(
             predicting, weight[:real], row.targets, first, self.tp_group, self.chunk_size
         )

@@ -24,6 +24,7 @@ class RowParams(PackedSeqParams):
     def __init__(self, row: PackedRow) -> None:
         super().__init__(qkv_format="sbhd")
         self.row = row
+        self._masks: dict[tuple[int, int, torch.dtype], Tensor] = {}
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -35,29 +36,17 @@ class RowParams(PackedSeqParams):
         """The row's prompts and responses in its order, without gaps from 0 to the padding."""
         return tuple(span for block in self.row.blocks for span in (block.prompt, *block.responses))
 
-    @cached_property
-    def masks(self) -> dict[tuple[int, int], Tensor]:
-        """[queries, keys] bool bottom-right causal masks, one for each pair of different lengths among the segments."""
-        pairs = {(s.queries.length, s.num_keys) for s in self.segments}
-        ones = {
-            (q, k): torch.ones(q, k, dtype=torch.bool, device=self.row.tokens.device)
-            for q, k in pairs
-            if q < k
-        }
-        return {(q, k): mask.tril(k - q) for (q, k), mask in ones.items()}
+    def mask(self, segment: Segment, dtype: torch.dtype) -> Tensor | None:
+        """[queries, keys] what the segment's bottom-right causal mask adds to scores, 0 or -inf; None: it is square.
 
-    @cached_property
-    def key_index(self) -> Tensor:
-        """[sum of keys] where in the row the keys of all segments lie, segment after segment."""
-        # An index of keys and values has to be int64; in the row it would take more room than the tokens.
-        return self.row.attention.keys.long()
-
-    @property
-    def cu_seqlens(self) -> tuple[Tensor, Tensor]:
-        """([A + 1], [A + 1]) int32 cumulative lengths of the segments' queries and keys."""
-        return self.row.attention.cu_queries, self.row.attention.cu_keys
-
-    @cached_property
-    def longest(self) -> tuple[int, int]:
-        """Most queries and most keys of any segment."""
-        return max(s.queries.length for s in self.segments), max(s.num_keys for s in self.segments)
+        One for all segments of these lengths in all layers, in the type of the scores: torch would otherwise make it
+        of a bool mask at each call, and keep it.
+        """
+        queries, keys = segment.queries.length, segment.num_keys
+        if queries == keys:
+            return None
+        key = (queries, keys, dtype)
+        if key not in self._masks:
+            hidden = torch.full((queries, keys), -torch.inf, dtype=dtype, device=self.row.tokens.device)
+            self._masks[key] = hidden.triu(keys - queries + 1)
+        return self._masks[key]

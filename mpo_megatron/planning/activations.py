@@ -2,7 +2,7 @@
 
 Korthikanti et al. 2022 (arXiv 2205.05198, section 4) count 34 t h bytes of a GPT layer in 16 bits beside its scores.
 The same list is made here for what these layers keep: RMSNorm, grouped queries, SwiGLU, no dropout (so no masks of it),
-attention that keeps no scores, and its keys and values as each segment reads them. Sequence parallelism divides what
+attention that keeps no scores, and its keys and values once. Sequence parallelism divides what
 their table divides. Each term below is a tensor; what is saved was read off `torch.autograd.graph.saved_tensors_hooks`
 and a test compares the sums.
 
@@ -71,26 +71,20 @@ def _norm(run: Run, elements: float, vectors: float) -> float:
 
 
 def _attention(a: Architecture, run: Run, row: RowShape, q: int, k: int, heads: int) -> tuple[float, float]:
-    """(what it is given, what it keeps beside): queries, keys and values, output and log-normaliser of each query."""
+    """(what it is given, what it keeps beside): queries, keys and values once, and of each query the log-normaliser.
+
+    The copies that the backends are given are made again, and so is the row that context-parallel ranks gather. Outputs
+    are the output projection's input; only sdpa has them twice, its segments' own beside the row's.
+    """
     e, t = run.element, row.tokens
-    # Values are a view of the product that queries, keys and values come from, and keep all of it.
-    given = t * q * e + t * k * e + t * (q + 2 * k) * e
-    output = row.used * (q * e + heads * _FLOAT32)
-    gathered = 2 * row.row_tokens * k * e
+    core = row.tokens * heads * _FLOAT32
     if run.attention == "sdpa":
-        # A prompt's keys and values are views of the row's, a response's are joined.
-        kept = output + 2 * row.joined_keys * k * e + row.masked * e
-        if run.cp == 1:
-            return given, kept
-        # The keys and values are those of the gathered row, a copy.
-        return _if_recomputed(run, given, t * q * e), kept + gathered
-    kept = output + 2 * row.keys * k * e
-    # The kernels keep copies of the keys and values alone, and of the queries a view.
-    return _if_recomputed(run, given, t * q * e), kept
-
-
-def _if_recomputed(run: Run, given: float, otherwise: float) -> float:
-    return given if run.recompute.granularity == "selective" else otherwise
+        core = row.used * (q * e + heads * _FLOAT32)
+    if run.recompute.granularity != "selective":
+        return t * q * e + 2 * t * k * e, core
+    # Values are then a view of the product that queries, keys and values come from, and keep all of it.
+    given = t * q * e + t * k * e + t * (q + 2 * k) * e
+    return given, core + (t * k * e if run.cp == 1 else 2 * row.row_tokens * k * e)
 
 
 def _feed_forward(a: Architecture, run: Run, row: RowShape) -> float:
@@ -127,8 +121,11 @@ def chunk_bytes(a: Architecture, run: Run, row: RowShape, layers: int, last: boo
     layer = layer_bytes(a, run, row)
     # The row's own tensors, and the angles that every layer is given.
     rotary = row.tokens * a.head_dim * _FLOAT32 if run.transformer_engine else 0.0
-    indices = 8 * row.keys if run.attention != "sdpa" else 0
-    given = 34 * row.tokens + 12 * row.predicted + 4 * row.keys + rotary + indices
+    # Keys that are read several times, at most.
+    shared = max(0, row.keys - row.predicted)
+    given = 34 * row.tokens + 12 * row.predicted + 5 * row.row_tokens + 4 * row.keys + 8 * shared + rotary
+    if run.attention == "sdpa":
+        given += row.masked * e
     head = 0.0
     if last:
         # Hidden states that predict, and their normalisers; see model.head.

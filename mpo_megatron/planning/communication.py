@@ -157,7 +157,7 @@ def _backward(
         count.add("TP", "reduce-scatter", hidden, sums * layers + int(last))
     else:
         count.add("TP", "all-reduce", hidden, sums * layers + int(last))
-    if run.recompute.granularity == "selective":
+    if run.recompute.granularity != "full":  # there the layers that run again have done it
         _keys_and_values(count, a, run, row, "all-gather", layers)
     _keys_and_values(count, a, run, row, "reduce-scatter", layers)
     _experts(count, a, run, row, layers)

@@ -26,7 +26,6 @@ class RowShape:
         responses: R.
         pairs: query-key pairs of attention, as the mask leaves them.
         keys: keys of all segments, each prompt's counted for every response that reads it.
-        joined_keys: of these, those of segments with two spans: sdpa copies them.
         masked: queries times keys of the segments for which sdpa needs a mask.
     """
 
@@ -37,7 +36,6 @@ class RowShape:
     responses: int
     pairs: int
     keys: int
-    joined_keys: int
     masked: int
 
     @classmethod
@@ -63,7 +61,6 @@ class RowShape:
             responses=sum(len(block.responses) for block in blocks),
             pairs=sum(s.attention_pairs for s in segments),
             keys=sum(s.num_keys for s in segments),
-            joined_keys=sum(s.num_keys for s in segments if len(s.keys) > 1),
             masked=sum(s.queries.length * s.num_keys for s in segments if s.queries.length < s.num_keys),
         )
 

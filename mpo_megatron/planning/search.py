@@ -1,7 +1,7 @@
 """Layouts that fit the GPUs' memory, best expected throughput first, and why the others do not.
 
 Looked through: TP that divides the heads and stays within a node, PP that divides the layers, VPP that divides a stage,
-CP, EP of a mixture of experts, recomputation none, selective or full; data parallelism takes the other GPUs.
+CP, EP of a mixture of experts, recomputation none or full; data parallelism takes the other GPUs.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,10 +13,11 @@ from mpo_megatron.planning.hardware import Machine
 from mpo_megatron.planning.memory import GIB, RESERVED, StageMemory, largest_stage
 from mpo_megatron.planning.performance import StepTime, step_time
 from mpo_megatron.planning.profile import StepShape, plan_rows
-from mpo_megatron.planning.run import FULL, NO_RECOMPUTE, Recompute, Run
+from mpo_megatron.planning.run import FULL, NO_RECOMPUTE, Run
 from mpo_megatron.scheduling.layout import GroupLengths
 
-RECOMPUTE = (NO_RECOMPUTE, Recompute("selective"), FULL)
+# Not the selective one: no attention here keeps scores that computing it again would save.
+RECOMPUTE = (NO_RECOMPUTE, FULL)
 _CONTEXT = (1, 2, 4, 8)
 _CHUNKS = (1, 2, 3, 4, 5, 8)
 

@@ -130,3 +130,23 @@ def cut_segments(blocks: Sequence[Block], held: Sequence[Span]) -> tuple[Segment
                     segments.append(Segment(queries, (*before, Span(own.start, stop - own.start))))
         offset += span.length
     return tuple(segments)
+
+
+# Tokens of padding that look at each other: as many as a tile of an attention kernel has.
+PADDING_SEGMENT = 128
+
+
+def padding_segments(blocks: Sequence[Block], held: Sequence[Span]) -> tuple[Segment, ...]:
+    """Segments of the held padding, for kernels to which every token is some segment's.
+
+    Nobody reads what padding attends to, so it attends to itself, and little of it at a time.
+    """
+    end = blocks[-1].responses[-1].stop if blocks else 0
+    segments: list[Segment] = []
+    offset = 0
+    for span in held:
+        for start in range(max(span.start, end), span.stop, PADDING_SEGMENT):
+            length = min(PADDING_SEGMENT, span.stop - start)
+            segments.append(Segment(Span(offset + start - span.start, length), (Span(start, length),)))
+        offset += span.length
+    return tuple(segments)

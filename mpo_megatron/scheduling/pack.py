@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mpo_megatron.data import TokenizedGroup
 from mpo_megatron.ragged.groups import GroupIndex
+from mpo_megatron.ragged.reads import Reads
 from mpo_megatron.ragged.segments import Segments
 from mpo_megatron.ragged.transfer import to_device
 from mpo_megatron.scheduling.layout import (
@@ -25,74 +26,36 @@ from mpo_megatron.scheduling.layout import (
     context_spans,
     cut_segments,
     lay_out,
+    padding_segments,
 )
 
 
 @dataclass(frozen=True)
-class Reads:
-    """Which held token's hidden state predicts which target, from both sides.
-
-    A token predicts the one after it, if that is a response's; the last token of a shared prompt predicts the first
-    token of every response.
-
-    Attributes:
-        places: [N] int32, the place among the held tokens that predicts each target.
-        target: [t] int32, of each held token a target that it predicts.
-        unread: [t] bool, tokens that predict none; their `target` is 0.
-        several: [F] int32, the targets of those tokens that predict more than one, token after token.
-        by_place: these F targets by such tokens.
-        shared_places: the places of these tokens, int32, ascending.
-    """
-
-    places: Tensor
-    target: Tensor
-    unread: Tensor
-    several: Tensor
-    by_place: Segments
-    shared_places: Tensor
-
-    @classmethod
-    def of(cls, places: np.ndarray, held_tokens: int) -> "Reads":
-        """From the place of each target, on the CPU."""
-        places = places.astype(np.int32)
-        readers = np.bincount(places, minlength=held_tokens)
-        target = np.zeros(held_tokens, dtype=np.int32)
-        target[places] = np.arange(len(places))
-        several = np.flatnonzero(readers[places] > 1).astype(np.int32)
-        several = several[np.argsort(places[several], kind="stable")]
-        shared, by_place = np.unique(places[several], return_inverse=True)
-        return cls(
-            places=torch.from_numpy(places),
-            target=torch.from_numpy(target),
-            unread=torch.from_numpy(readers == 0),
-            several=torch.from_numpy(several),
-            by_place=Segments.of(by_place, len(shared)),
-            shared_places=torch.from_numpy(shared),
-        )
-
-
-@dataclass(frozen=True)
 class AttentionIndex:
-    """What kernels for variable lengths ask about the row's attention segments.
+    """What kernels for variable lengths ask about the row's attention segments, those of its padding among them.
 
     Attributes:
-        keys: [sum of keys] int32, where in the row the keys of all segments lie, segment after segment.
-        cu_queries: [A + 1] int32 cumulative lengths of the segments' queries.
+        keys: which of the T tokens each of all segments' keys is, segment after segment.
+        cu_queries: [A + 1] int32 cumulative lengths of the segments' queries; the last is t.
         cu_keys: [A + 1] int32 cumulative lengths of their keys.
+        longest: most queries and most keys of any segment.
     """
 
-    keys: Tensor
+    keys: Reads
     cu_queries: Tensor
     cu_keys: Tensor
+    longest: tuple[int, int]
 
     @classmethod
-    def of(cls, segments: Sequence[Segment]) -> "AttentionIndex":
-        """From the segments, on the CPU."""
+    def of(cls, segments: Sequence[Segment], row_tokens: int) -> "AttentionIndex":
+        """From the segments of all held tokens, on the CPU."""
         keys = [np.arange(span.start, span.stop, dtype=np.int32) for s in segments for span in s.keys]
+        queries, lengths = [s.queries.length for s in segments], [s.num_keys for s in segments]
         return cls(
-            torch.from_numpy(np.concatenate(keys) if keys else np.zeros(0, dtype=np.int32)),
-            _cumulative([segment.queries.length for segment in segments]),
-            _cumulative([segment.num_keys for segment in segments]),
+            Reads.of(np.concatenate(keys), row_tokens),
+            _cumulative(queries),
+            _cumulative(lengths),
+            (max(queries), max(lengths)),
         )
 
 
@@ -114,8 +77,9 @@ class PackedRow:
         segments: the attention segments of the held tokens.
         tokens: [t] int64, of the held spans one after the other; padding is token 0.
         position_ids: [t] int64, position of each token in its own prompt + response; padding has 0.
-        attention: of the attention segments.
-        reads: which held token's hidden state predicts which target.
+        attention: of the attention segments and of segments of padding.
+        reads: which held token's hidden state predicts which target. A token predicts the one after it, if that is a
+            response's; the last token of a shared prompt predicts the first token of every response.
         targets: [N] int32, the response tokens that this rank predicts.
         by_response: the N targets by the R responses.
         response_ids: [R] int64, the responses' numbers in the data set.
@@ -159,8 +123,7 @@ class PackedRow:
     @property
     def used_tokens(self) -> int:
         """Held tokens that are not padding; they come first."""
-        end = self.blocks[-1].responses[-1].stop if self.blocks else 0
-        return sum(max(0, min(span.stop, end) - span.start) for span in self.held)
+        return sum(segment.queries.length for segment in self.segments)
 
 
 def pack_row(
@@ -208,7 +171,7 @@ def pack_row(
         segments=segments,
         tokens=torch.from_numpy(tokens[mine]),
         position_ids=torch.from_numpy(positions[mine]),
-        attention=AttentionIndex.of(segments),
+        attention=AttentionIndex.of([*segments, *padding_segments(blocks, held)], row_tokens),
         reads=Reads.of(places[here], len(mine)),
         targets=concatenated(targets, torch.int32)[torch.from_numpy(here)],
         by_response=Segments.of(np.repeat(np.arange(len(counts)), counts)[here], len(counts)),

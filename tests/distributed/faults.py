@@ -10,10 +10,12 @@ import torch
 import torch.distributed as dist
 from megatron.core.utils import get_model_config
 
-from mpo_megatron.model import attention, provider
+from mpo_megatron.model import context_keys, provider
+from mpo_megatron.ragged.reads import Reads
 from mpo_megatron.ragged.segments import Segments
 from mpo_megatron.scheduling import rows
-from mpo_megatron.scheduling.pack import PackedRow, Reads
+from mpo_megatron.scheduling.layout import Span
+from mpo_megatron.scheduling.pack import PackedRow
 from mpo_megatron.training import step
 from tests.distributed.jobs import Layout
 
@@ -94,9 +96,9 @@ def _keys_left_in_the_order_of_the_ranks() -> Any:
 
     def in_rank_order(row_tokens: int, size: int, rank: int) -> Any:
         part = row_tokens // size
-        return (attention.Span(rank * part, part),)
+        return (Span(rank * part, part),)
 
-    return replaced(attention, "context_spans", in_rank_order)
+    return replaced(context_keys, "context_spans", in_rank_order)
 
 
 def _first_pass_forgotten_on_other_replicas() -> Any:

@@ -173,7 +173,7 @@ def test_a_gpu_is_asked_for_float32() -> None:
 
 def shared_gradient_case(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of the hidden states of a row, whose prompts predict several responses: the head's, and index_add's."""
-    from mpo_megatron.model.head import _Predicting
+    from mpo_megatron.ragged.reads import read
     from mpo_megatron.scheduling.pack import pack_row
     from tests.helpers.models import make_groups
 
@@ -182,7 +182,7 @@ def shared_gradient_case(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor
     random = torch.Generator().manual_seed(0)
     hidden = torch.randn(320, 4, generator=random).to(dtype).requires_grad_()
     upstream = torch.randn(row.targets.numel(), 4, generator=random).to(dtype)
-    predicting = _Predicting.apply(hidden, row.reads)
+    predicting = read(hidden, row.reads)
     assert torch.equal(predicting, hidden[row.reads.places])
     predicting.backward(upstream)
     assert hidden.grad is not None

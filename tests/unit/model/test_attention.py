@@ -1,15 +1,20 @@
 """Attention backends against dense softmax attention with an explicit mask, forward and backward."""
 
+import numpy as np
 import pytest
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from mpo_megatron.data import TokenizedGroup
 from mpo_megatron.errors import ConfigError
 from mpo_megatron.model.attention import Backend, choose_backend, make_backend, sdpa, varlen
+from mpo_megatron.model.copies import Copies
 from mpo_megatron.model.segments import RowParams
 from mpo_megatron.scheduling.pack import pack_row
+from tests.helpers import flash
 from tests.helpers.models import make_groups
+from tests.helpers.saved import saved_bytes
 
 HEADS, KV_HEADS, SIZE = 6, 2, 8
 
@@ -79,7 +84,7 @@ BACKENDS = pytest.mark.parametrize("backend", [sdpa, varlen(per_segment_kernel)]
 def test_backends_compute_the_definition(backend: Backend, shared_prompt: bool) -> None:
     row = params(shared_prompt)
     ours, theirs = inputs(TOKENS), inputs(TOKENS)
-    out, wanted = backend(*ours, row), dense(*theirs, row)
+    out, wanted = backend(*ours, row)[: row.row.used_tokens], dense(*theirs, row)
     torch.testing.assert_close(out, wanted, rtol=1e-10, atol=1e-12)
     weights = torch.randn_like(wanted)
     (out * weights).sum().backward()
@@ -96,7 +101,7 @@ def test_scores_are_scaled_as_the_config_says() -> None:
         config = TransformerConfig(
             num_layers=1, hidden_size=SIZE * HEADS, num_attention_heads=HEADS, softmax_scale=scale
         )
-        out = make_backend("sdpa", config, 1)(q, k, v, params())
+        out = make_backend("sdpa", config, 1)(q, k, v, params())[: params().row.used_tokens]
         wanted = dense(q if scale is None else q * scale * SIZE**0.5, k, v, params())
         torch.testing.assert_close(out, wanted, rtol=1e-10, atol=1e-12)
 
@@ -106,16 +111,58 @@ def test_scores_are_scaled_as_the_config_says() -> None:
 def test_context_parallel_ranks_compute_their_parts(backend: Backend, size: int) -> None:
     """Each rank's queries against the keys of the whole row give the whole row's outputs, cut as the row is."""
     q, k, v = inputs(TOKENS)
-    whole = sdpa(q, k, v, params())
+    whole = sdpa(q, k, v, params())[: params().row.used_tokens]
     places = []
     for rank in range(size):
         row = params(context=(size, rank))
         mine = torch.cat([torch.arange(span.start, span.stop) for span in row.row.held])
         out = backend(q[mine], k, v, row)
         used = mine[: row.row.used_tokens]
-        torch.testing.assert_close(out, whole[used], rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(out[: len(used)], whole[used], rtol=1e-10, atol=1e-12)
         places.append(used)
     assert torch.cat(places).sort().values.tolist() == list(range(len(whole)))
+
+
+@pytest.mark.parametrize("responses", [4, 16])
+@pytest.mark.parametrize("name", ["sdpa", "varlen"])
+def test_keys_are_kept_once(name: str, responses: int) -> None:
+    """However many responses read a prompt's: queries, keys and values, outputs, normalisers, and masks of sdpa."""
+    backend = sdpa if name == "sdpa" else varlen(flash.kernel)
+    length = 64
+    tokens = length * (responses + 1)
+    ids = np.arange(length)
+    scores = np.arange(float(responses))
+    group = TokenizedGroup("a", ids, [ids] * responses, scores, scores > scores.mean())
+    row = RowParams(pack_row([group], [range(responses)], row_tokens=tokens, shared_prompt=True))
+    q, k, v = inputs(tokens)
+    with saved_bytes([row.row.tokens]) as counter:
+        out = backend(q * 1, k * 1, v * 1, row)
+    inputs_and_output = tokens * SIZE * (2 * HEADS + 2 * KV_HEADS) * 8
+    mask = 2 * length * length * 8 if name == "sdpa" else 0
+    assert inputs_and_output < counter.peak <= inputs_and_output + tokens * HEADS * 8 + mask
+    out.sum().backward()
+    assert counter.live == 0
+
+
+def test_a_copy_inside_a_copy_is_made_again_from_what_is_kept() -> None:
+    """Of three sizes of the same thing only the smallest is kept, by hooks that were there before."""
+    source = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    small = source * 1
+    with saved_bytes([source]) as counter:
+        outer = Copies()
+        kept = outer.keep(small)
+        middle = outer.add(small.repeat(2), lambda: kept().repeat(2))
+        with outer.not_kept():
+            inner = Copies()
+            whole = inner.keep(middle)
+            large = inner.add(middle.repeat(5), lambda: whole().repeat(5))
+            with inner.not_kept():
+                out = large.exp() * large
+    # The exponentials, once, and the three numbers.
+    assert counter.peak == 30 * 8 + 3 * 8
+    out.sum().backward()
+    wanted = 10 * (source.exp() * (1 + source)).detach()
+    torch.testing.assert_close(source.grad, wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_the_choice_on_a_cpu_is_sdpa_and_others_are_refused() -> None:

@@ -49,20 +49,21 @@ def test_what_reads_what_by_hand() -> None:
     """Places 2, 3, 2 predict the targets: place 2 two of them."""
     reads = pack_row([group()], [[7, 8]], row_tokens=8, shared_prompt=True).reads
     assert reads.unread.tolist() == [True, True, False, False, True, True, True, True]
-    assert (reads.target[2].item() in (0, 2), reads.target[3].item()) == (True, 1)
+    assert (reads.reading[2].item() in (0, 2), reads.reading[3].item()) == (True, 1)
     assert (reads.several.tolist(), reads.shared_places.tolist()) == ([0, 2], [2])
     assert reads.by_place.segment.tolist() == [0, 0]
     # Without sharing each place predicts at most one.
     reads = pack_row([group()], [[7, 8]], row_tokens=9, shared_prompt=False).reads
     assert (reads.several.numel(), reads.by_place.count, reads.shared_places.numel()) == (0, 0, 0)
-    assert reads.target[reads.places].tolist() == [0, 1, 2]
+    assert reads.reading[reads.places].tolist() == [0, 1, 2]
 
 
 def test_attention_index_by_hand() -> None:
     attention = pack_row([group()], [[7, 8]], row_tokens=8, shared_prompt=True).attention
-    assert attention.keys.tolist() == [0, 1, 2, *(0, 1, 2, 3, 4), *(0, 1, 2, 5)]
-    assert attention.cu_queries.tolist() == [0, 3, 5, 6]
-    assert attention.cu_keys.tolist() == [0, 3, 8, 12]
+    assert attention.keys.places.tolist() == [0, 1, 2, *(0, 1, 2, 3, 4), *(0, 1, 2, 5), 6, 7]
+    assert attention.cu_queries.tolist() == [0, 3, 5, 6, 8]
+    assert attention.cu_keys.tolist() == [0, 3, 8, 12, 14]
+    assert attention.longest == (3, 5)
 
 
 def test_a_row_is_one_buffer() -> None:
