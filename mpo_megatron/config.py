@@ -21,6 +21,15 @@ from mpo_megatron.errors import ConfigError
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    """How checkpoints are written, and which are kept; see docs/checkpoints.md. Names as in NeMo and Megatron."""
+
+    # Whether they have the distributed optimizer's state in the parameters' shapes, as other programs read it at any
+    # layout, for which it is gathered. This package reads either form at any layout.
+    dist_ckpt_optim_fully_reshardable: bool = False
+
+
+@dataclass(frozen=True)
 class TrainerConfig:
     """How long, how often, in which precision. Names as in NeMo and Lightning."""
 
@@ -39,6 +48,7 @@ class TrainerConfig:
     save_interval: int = 0  # steps between checkpoints; 0: at the end only
     save_at_end: bool = True  # write a checkpoint after the last step
     gradient_clip_val: float = 1.0  # global norm; 0: no clipping
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
 
 @dataclass(frozen=True)

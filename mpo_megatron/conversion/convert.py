@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mpo_megatron.conversion.buckets import BucketReader
 from mpo_megatron.conversion.check import check_weights
 from mpo_megatron.conversion.hf_folder import DTYPES, HF_FOLDER, WeightReader, copy_all_but_weights
 from mpo_megatron.conversion.names import Entry, entries
@@ -124,20 +125,22 @@ def export_checkpoint(
     """
     folder = Path(checkpoint)
     reader = CheckpointReader(folder)
+    buckets = BucketReader(reader)
     source = folder / HF_FOLDER
     architecture = read_architecture(source)
-    found = [(entry, *_find(entry, reader, architecture, dtype)) for entry in entries(architecture)]
+    found = [(entry, *_find(entry, reader, buckets, architecture, dtype)) for entry in entries(architecture)]
 
     def tensors(bar: Any) -> Iterator[tuple[str, Tensor]]:
         for entry, name, place in found:
-            value = reader.read(name, place)
+            value = reader.read(name, place) if name in reader else buckets.read_whole(name, place)
             joined = entry.kind.join([value], Cut(architecture, value.size(0), 0, 1))
             for hf_name, tensor in zip(entry.hugging_face, joined, strict=True):
                 yield hf_name, tensor
                 bar.update(tensor.nbytes)
 
     shapes = {name: shape for entry, *_ in found for name, shape in entry.shapes(architecture).items()}
-    stored = reader.dtype(found[0][1])
+    first = found[0][1]
+    stored = reader.dtype(first) if first in reader else torch.float32
     dtype = dtype or stored
     size = sum(shape.numel() for shape in shapes.values()) * stored.itemsize
     with _bar("export", size, progress) as bar:
@@ -149,7 +152,11 @@ def _bar(title: str, size: int, shown: bool) -> Any:
 
 
 def _find(
-    entry: Entry, reader: CheckpointReader, architecture: Architecture, dtype: torch.dtype | None
+    entry: Entry,
+    reader: CheckpointReader,
+    buckets: BucketReader,
+    architecture: Architecture,
+    dtype: torch.dtype | None,
 ) -> tuple[str, tuple[int, ...]]:
     """The name of a parameter in the checkpoint, and its place in the stack of layers where it is in one.
 
@@ -171,7 +178,8 @@ def _find(
             f"{reader.folder}: {name} has shape {tuple(found)} where config.json asks for {tuple(wanted)}; "
             "its files do not belong together"
         )
-    masters = [f"{prefix}{name}" for prefix in _MASTERS if f"{prefix}{name}" in reader]
+    candidates = [f"{prefix}{name}" for prefix in _MASTERS]
+    masters = [master for master in candidates if master in reader or master in buckets]
     finer = dtype is not None and dtype.itemsize > reader.dtype(name).itemsize
     return masters[0] if finer and masters else name, names[name]
 

@@ -1,15 +1,15 @@
 """What a model's folder holds, in lines for a person."""
 
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-
-import torch
 
 from mpo_megatron.conversion.hf_folder import DTYPES, WeightReader, is_checkpoint, model_folder
 from mpo_megatron.conversion.torch_dist import CheckpointReader
 from mpo_megatron.model.architecture import Architecture, read_architecture
 
-_OPTIMIZER = "optimizer."
+# Where there are experts, Megatron has two optimizers.
+_OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
 
 
 def describe(folder: str | Path, *, tensors: bool = False) -> Iterator[str]:
@@ -43,8 +43,8 @@ def _model(architecture: Architecture) -> str:
 
 def _checkpoint(path: Path, tensors: bool) -> Iterator[str]:
     reader = CheckpointReader(path)
-    weights = [name for name in reader.names() if not name.startswith(_OPTIMIZER)]
-    state = [name for name in reader.names() if name.startswith(_OPTIMIZER)]
+    weights = [name for name in reader.names() if not _OPTIMIZER.match(name)]
+    state = [name for name in reader.names() if _OPTIMIZER.match(name)]
 
     def sizes(names: list[str]) -> str:
         size = sum(reader.shape(name).numel() * reader.dtype(name).itemsize for name in names)
@@ -52,8 +52,14 @@ def _checkpoint(path: Path, tensors: bool) -> Iterator[str]:
 
     yield f"weights    {sizes(weights)}"
     if state:
-        yield f"optimizer  {sizes(state)}"
-        common = torch.load(path / "common.pt", map_location="cpu", weights_only=False)
+        # Megatron-core 0.16 has it in a file, later ones among the tensors.
+        from megatron.core.dist_checkpointing.serialization import load_common_state_dict
+
+        common = load_common_state_dict(str(path))
+        form = (common.get("content_metadata") or {}).get(
+            "distrib_optim_sharding_type", "of the plain optimizer"
+        )
+        yield f"optimizer  {sizes(state)}, {form}"
         yield f"step       {common['step']}"
     else:
         yield "optimizer  none: a start, not a training run's"

@@ -9,16 +9,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.dict_utils import (
+    dict_list_map_inplace,
+    extract_matching_values,
+    merge,
+    nested_values,
+)
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.serialization import load_content_metadata
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from mpo_megatron.conversion.buckets import BucketReader
 from mpo_megatron.conversion.torch_dist import CheckpointReader
 from mpo_megatron.errors import CheckpointError, UserError
 from mpo_megatron.model.provider import GroupModel
-from mpo_megatron.runtime.parallel import ParallelLayout, raise_together
+from mpo_megatron.runtime.parallel import ParallelLayout, raise_together, raising_together
 
 _EXTRA_STATE = "_extra_state"
 # Without it Transformer Engine (2.20) refuses to read delayed scales, which it keeps as pickles.
@@ -30,26 +40,34 @@ def load_state(
 ) -> dict[str, Any]:
     """Load a sharded state dictionary from a checkpoint; `_extra_state` that it lacks is left out. All ranks call it.
 
+    Of the ranks that want the same tensor one reads it and sends it to the others. The optimizer's state may be asked
+    for in the parameters' shapes where the checkpoint has it in buckets.
+
     Args:
         extra_state: whether to load what there is of it; a model that only takes weights has no use for it.
 
     Raises:
         CheckpointError: the folder is no such checkpoint, is incomplete, or is of another model; on all ranks.
     """
-    reader, error = None, None
+    strategy, error = None, None
     try:
         reader = CheckpointReader(folder)
+        strategy = _Strategy(reader, BucketReader(reader), layout)
     except UserError as caught:
         error = caught
     raise_together(error, layout)
-    assert reader is not None
+    assert strategy is not None
     present = set(reader.objects) if extra_state else set()
     _, wanted = extract_matching_values(
         state,
         lambda v: isinstance(v, ShardedObject) and _EXTRA_STATE in v.key and v.unique_key not in present,
     )
     try:
-        loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(folder))
+        loaded: dict[str, Any] = dist_checkpointing.load(
+            wanted, str(folder), FullyParallelLoadStrategyWrapper(strategy, replicas())
+        )
+    except CheckpointError:
+        raise
     except (Exception, CheckpointException) as caught:
         # On all ranks, since torch's loader hands a rank's error on to the others; its CheckpointException, which is no
         # Exception, has each rank's.
@@ -59,6 +77,51 @@ def load_state(
             f"{folder} cannot be loaded into this model ({' '.join(str(reason).split())[:300]})"
         ) from caught
     return loaded
+
+
+def replicas() -> Any:
+    """The ranks that have the same parameters, but for experts: among them the writing and the reading is shared."""
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def read_content(folder: str | Path, layout: ParallelLayout) -> dict[str, Any] | None:
+    """What a checkpoint says about its content; None: nothing, as those that are older. All ranks call it.
+
+    Raises:
+        CheckpointError: the folder is no complete checkpoint; on all ranks.
+    """
+    found: list[dict[str, Any] | None] = [None]
+    with raising_together(layout):
+        if layout.is_main:
+            CheckpointReader(folder)
+            found = [load_content_metadata(str(folder))]
+    dist.broadcast_object_list(found, src=0, group=layout.control)
+    return found[0]
+
+
+class _Strategy(TorchDistLoadShardedStrategy):
+    """Megatron's, with what the buckets of a checkpoint hold and Megatron does not find there."""
+
+    def __init__(self, reader: CheckpointReader, buckets: BucketReader, layout: ParallelLayout) -> None:
+        super().__init__()
+        self._reader, self._buckets, self._layout = reader, buckets, layout
+
+    def load(self, sharded_state_dict: dict[Any, Any], checkpoint_dir: Any, *options: Any) -> dict[Any, Any]:
+        if not self._buckets:
+            return dict(super().load(sharded_state_dict, checkpoint_dir, *options))
+        from_buckets, others = extract_matching_values(
+            sharded_state_dict,
+            lambda v: isinstance(v, ShardedTensor) and v.key not in self._reader and v.key in self._buckets,
+        )
+        loaded = dict(super().load(others, checkpoint_dir, *options))
+        with raising_together(self._layout):
+            for wanted in nested_values(from_buckets):
+                sizes = (1,) * wanted.prepend_axis_num + tuple(wanted.local_shape)
+                values = self._buckets.read(wanted.key, wanted.global_offset, sizes)
+                wanted.data.copy_(values.view(wanted.data.shape))
+        dict_list_map_inplace(lambda wanted: wanted.data, from_buckets)
+        merged: dict[Any, Any] = merge(loaded, from_buckets)
+        return merged
 
 
 def fill_model(model: nn.Module, state: dict[str, Any], folder: str | Path) -> None:

@@ -10,6 +10,7 @@ import io
 import json
 import pickle
 import warnings
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,7 @@ class CheckpointReader:
             if isinstance(found, TensorStorageMetadata)
         }
         self._places: dict[MetadataIndex, Any] = metadata.storage_data
+        self._starts: dict[str, list[int]] = {}  # of the chunks of vectors that have been read
         self._check_files()
 
     def _check_files(self) -> None:
@@ -114,23 +116,37 @@ class CheckpointReader:
         whole, lead = self.shape(name), len(first)
         offsets = (*first, *(0 for _ in whole[lead:]))
         sizes = (*(1 for _ in first), *whole[lead:])
+        return self.read_box(name, offsets, sizes).reshape(whole[lead:])
+
+    def read_box(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
+        """The part of a tensor that begins at `offsets` and is of the shape `sizes`."""
         result: Tensor | None = None
-        for chunk in self._tensors[name].chunks:
-            overlap = _overlap(chunk, offsets, sizes)
-            if overlap is None:
+        for chunk in self._near(name, offsets, sizes):
+            common = overlap(chunk.offsets, chunk.sizes, offsets, sizes)
+            if common is None:
                 continue
-            (in_chunk, in_result), part = overlap, self._load(name, chunk)
-            if (
-                part[in_chunk].numel() == torch.Size(sizes).numel()
-            ):  # one chunk has it all: nothing to put together
-                result = part[in_chunk]
-                break
+            (in_chunk, in_result), part = common, self._load(name, chunk)
+            # One chunk has it all: nothing to put together.
+            if part[in_chunk].numel() == torch.Size(sizes).numel():
+                return part[in_chunk]
             if result is None:
-                result = torch.empty(sizes, dtype=part.dtype)
+                result = torch.empty(tuple(sizes), dtype=part.dtype)
             result[in_result] = part[in_chunk]
         if result is None:
-            raise CheckpointError(f"{self.folder} has no data for {name} {tuple(first) or ''}; it is damaged")
-        return result.reshape(whole[lead:])
+            raise CheckpointError(f"{self.folder} has no data for {name} {tuple(offsets)}; it is damaged")
+        return result
+
+    def _near(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> list[ChunkStorageMetadata]:
+        """The chunks that a box may meet: of a vector, which may have thousands, those alone that it does."""
+        chunks: list[ChunkStorageMetadata] = self._tensors[name].chunks
+        if len(offsets) != 1:
+            return chunks
+        if name not in self._starts:
+            chunks.sort(key=lambda chunk: chunk.offsets[0])
+            self._starts[name] = [chunk.offsets[0] for chunk in chunks]
+        starts = self._starts[name]
+        first = max(bisect_right(starts, offsets[0]) - 1, 0)
+        return chunks[first : bisect_left(starts, offsets[0] + sizes[0])]
 
     def _load(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
         place = self._places[MetadataIndex(name, chunk.offsets)]
@@ -146,18 +162,18 @@ class CheckpointReader:
         return tensor
 
 
-def _overlap(
-    chunk: ChunkStorageMetadata, offsets: Sequence[int], sizes: Sequence[int]
+def overlap(
+    one_offsets: Sequence[int], one_sizes: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]
 ) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
-    """Where a chunk and the box at `offsets` of `sizes` meet: (slices of the chunk, slices of the box), or None."""
-    in_chunk, in_box = [], []
-    for start, length, offset, size in zip(chunk.offsets, chunk.sizes, offsets, sizes, strict=True):
+    """Where two boxes of a tensor meet: (slices of the first, slices of the second), or None."""
+    in_one, in_other = [], []
+    for start, length, offset, size in zip(one_offsets, one_sizes, offsets, sizes, strict=True):
         low, high = max(start, offset), min(start + length, offset + size)
         if low >= high:
             return None
-        in_chunk.append(slice(low - start, high - start))
-        in_box.append(slice(low - offset, high - offset))
-    return tuple(in_chunk), tuple(in_box)
+        in_one.append(slice(low - start, high - start))
+        in_other.append(slice(low - offset, high - offset))
+    return tuple(in_one), tuple(in_other)
 
 
 class _Part(io.RawIOBase):

@@ -12,17 +12,29 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from mpo_megatron.conversion.buckets import Piece, read_pieces, write_pieces
 from mpo_megatron.conversion.hf_folder import HF_FOLDER, copy_all_but_weights
-from mpo_megatron.conversion.restore import fill_model, load_state
+from mpo_megatron.conversion.restore import fill_model, load_state, read_content, replicas
 from mpo_megatron.model.provider import unwrap
-from mpo_megatron.runtime.parallel import ParallelLayout
+from mpo_megatron.runtime.parallel import ParallelLayout, raising_together
 from mpo_megatron.runtime.publish import replace
 from mpo_megatron.training.optimizer import load_optimizer
+from mpo_megatron.training.optimizer_state import (
+    BUCKETS,
+    FORM,
+    WHOLE,
+    call_whole,
+    check_kind,
+    content,
+    pieces,
+    read_buckets_in_shape,
+    sharded_state,
+)
 
-# The optimizer's state in the parameters' own shapes: Megatron's form that can be loaded at any other layout.
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 _PREFIX = "step_"
 
 
@@ -45,14 +57,16 @@ def save_checkpoint(
     layout: ParallelLayout,
     files: dict[str, str],
     hf_source: Path,
+    form: str = BUCKETS,
 ) -> Path:
-    """Write the state after optimizer step `step`; all ranks call it.
+    """Write the state after optimizer step `step`; all ranks call it, and each writes its share.
 
     Args:
         folder: the run's checkpoints folder, on storage that all ranks share.
         files: names and texts of small files to put into the checkpoint, such as the resolved configuration.
         hf_source: the Hugging Face folder of the start, whose config and tokenizer go into the checkpoint's
         `hf` folder.
+        form: of the distributed optimizer's state, BUCKETS or WHOLE; see `optimizer_state`.
     """
     final = folder / f"{_PREFIX}{step:07d}"
     temporary = folder / f".{final.name}.tmp"
@@ -60,8 +74,25 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     dist.barrier(group=layout.control)
-    dist_checkpointing.save(_state(chunks, optimizer, schedule, step, is_loading=False), str(temporary))
+    models = _models(chunks)
+    state = {
+        **models,
+        "optimizer": sharded_state(optimizer, models, form),
+        "schedule": schedule.state_dict(),
+        "step": step,
+    }
+    written = content(optimizer, form)
+    own = pieces(optimizer, models, state["optimizer"]) if written.get(FORM) == BUCKETS else []
+    buckets = _gather(own, layout)
+    dist_checkpointing.save(
+        state,
+        str(temporary),
+        FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), replicas()),
+        content_metadata=written,
+    )
     if layout.is_main:
+        if buckets:
+            write_pieces(temporary, buckets)
         for name, text in files.items():
             (temporary / name).write_text(text, encoding="utf-8")
         (temporary / HF_FOLDER).mkdir()
@@ -71,30 +102,49 @@ def save_checkpoint(
     return final
 
 
+def _gather(own: list[Piece], layout: ParallelLayout) -> list[Piece]:
+    """The lists of all ranks as one, on rank 0."""
+    found: list[list[Piece]] | None = [[] for _ in range(layout.world_size)] if layout.is_main else None
+    dist.gather_object(own, found, group=layout.control)
+    return [item for items in found or [] for item in items]
+
+
 def load_checkpoint(
     path: Path, chunks: list[Any], optimizer: Any, schedule: OptimizerParamScheduler, layout: ParallelLayout
 ) -> int:
     """Fill model, optimizer and schedule from a checkpoint of any layout. Returns the optimizer steps that it had done.
 
     Raises:
-        CheckpointError: the folder is not a complete checkpoint, is of another model, or has delayed FP8 scales that
-            may not be read; on all ranks.
+        CheckpointError: the folder is not a complete checkpoint, is of another model or kind of optimizer, or has
+            delayed FP8 scales that may not be read; on all ranks.
     """
-    loaded = load_state(_state(chunks, optimizer, schedule, 0, is_loading=True), path, layout)
+    saved = read_content(path, layout)
+    with raising_together(layout):
+        check_kind(path, saved, optimizer)
+        held = read_pieces(path)
+    models = _models(chunks)
+    form = (saved or {}).get(FORM, WHOLE)
+    reshaped = form == BUCKETS and not _same_buckets(held, optimizer, models, layout)
+    state = sharded_state(optimizer, models, WHOLE if reshaped else form, is_loading=True)
+    if reshaped:
+        read_buckets_in_shape(state, layout.rank)
+    loaded = load_state({**models, "optimizer": state}, path, layout)
     for i, chunk in enumerate(chunks):
         fill_model(unwrap(chunk), loaded[f"model{i}"], path)
+    if reshaped:
+        call_whole(loaded["optimizer"])
     load_optimizer(optimizer, loaded["optimizer"])
     schedule.load_state_dict(loaded["schedule"])
     return int(loaded["step"])
 
 
-def _state(
-    chunks: list[Any], optimizer: Any, schedule: OptimizerParamScheduler, step: int, *, is_loading: bool
-) -> dict[str, Any]:
-    models = {f"model{i}": unwrap(chunk).sharded_state_dict() for i, chunk in enumerate(chunks)}
-    return {
-        **models,
-        "optimizer": optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=_METADATA),
-        "schedule": schedule.state_dict(),
-        "step": step,
-    }
+def _same_buckets(held: list[Piece], optimizer: Any, models: dict[str, Any], layout: ParallelLayout) -> bool:
+    """Whether all ranks have each parameter at the place where the checkpoint has it; all call it."""
+    own = pieces(optimizer, models, sharded_state(optimizer, models, BUCKETS, is_loading=True))
+    answers: list[bool] = [False] * layout.world_size
+    dist.all_gather_object(answers, set(own) <= set(held), group=layout.control)
+    return all(answers)
+
+
+def _models(chunks: list[Any]) -> dict[str, Any]:
+    return {f"model{i}": unwrap(chunk).sharded_state_dict() for i, chunk in enumerate(chunks)}

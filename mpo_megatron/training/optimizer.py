@@ -60,7 +60,8 @@ def _complete_adam_state(wrapper: Any) -> None:
     """Make Megatron's checkpoints work with torch's Adam, which keeps a `step` tensor for each parameter.
 
     They expect that state to be there when they are saved before the first step or loaded into an optimizer that has
-    not stepped, and the distributed optimizer forgets `step`, which it restores elsewhere, when it copies state back.
+    not stepped, and the distributed optimizer forgets `step`, which it restores elsewhere, when it copies state back
+    (or, in the form `dp_reshardable`, takes the one from before for it).
     """
     state = wrapper.optimizer.state
     for group in wrapper.optimizer.param_groups:
@@ -72,7 +73,7 @@ def _complete_adam_state(wrapper: Any) -> None:
 
         def set_states_and_step(parameter: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
             steps = {"step": next(iter(wrapper.optimizer.state.values()))["step"]}
-            set_states(parameter, steps | tensors)
+            set_states(parameter, tensors | steps)
 
         wrapper._set_main_param_and_optimizer_states = set_states_and_step
 
@@ -91,9 +92,13 @@ def load_optimizer(optimizer: Any, loaded: dict[Any, Any]) -> None:
         # The run's own hyper-parameters, not those that it was saved with: Megatron keeps both in the parameter groups.
         for group in inner["param_groups"]:
             group.update({key: present[key] for key in _HYPER_PARAMETERS if key in group and key in present})
+            # What torch's Adam has no word for and Transformer Engine's has, or the other way.
+            group.update({key: present[key] for key in present.keys() - group.keys() - {"params"}})
         if adams and "state" in inner:
             inner["state"].setdefault("common_step", torch.tensor(0.0))
-    optimizer.load_state_dict(loaded)
+    # Masters of float32 weights are views of these, which want gradients.
+    with torch.no_grad():
+        optimizer.load_state_dict(loaded)
     for wrapper in adams:
         for state in wrapper.optimizer.state.values():
             state["step"] = state["step"].clone()

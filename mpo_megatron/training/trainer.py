@@ -19,6 +19,7 @@ from mpo_megatron.training.checkpoint import save_checkpoint
 from mpo_megatron.training.experiment import CHECKPOINTS
 from mpo_megatron.training.job import IDENTITY_FILE, Job, build_job, identity, resume, start_masters
 from mpo_megatron.training.masters import master_values
+from mpo_megatron.training.optimizer_state import BUCKETS, WHOLE
 from mpo_megatron.training.report import TrainingBar, before_after, plot_run, progress, say
 from mpo_megatron.training.setup import EXPORT_DTYPES, Setup, prepare
 from mpo_megatron.training.step import objective_pass
@@ -133,8 +134,17 @@ def save(job: Job, step: int) -> None:
         IDENTITY_FILE: json.dumps(identity(job), indent=2),
     }
     folder = job.folder / CHECKPOINTS
+    form = WHOLE if job.setup.config.trainer.checkpoint.dist_ckpt_optim_fully_reshardable else BUCKETS
     path = save_checkpoint(
-        folder, step, job.chunks, job.optimizer, job.schedule, job.setup.layout, files, job.setup.hf_folder
+        folder,
+        step,
+        job.chunks,
+        job.optimizer,
+        job.schedule,
+        job.setup.layout,
+        files,
+        job.setup.hf_folder,
+        form,
     )
     if job.is_main:
         say(f"checkpoint in {path}")

@@ -6,16 +6,25 @@ from typing import Any
 import pytest
 import torch
 
+from mpo_megatron.conversion.buckets import BUCKETS_FILE
 from mpo_megatron.errors import CheckpointError
 from tests.distributed.jobs import Layout, build, gradients, logps
-from tests.helpers.models import make_llama
+from tests.helpers.models import make_llama, make_model
 
 SIZES = [3, 4, 2, 5]
 FIRST, LAST = "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"
 
 
+FORMS = ("dp_reshardable", "fully_reshardable")
+
+
 def train(
-    folder: Path, wanted: Layout, steps: int, resume: Path | None, save: Path | None
+    folder: Path,
+    wanted: Layout,
+    steps: int,
+    resume: Path | None,
+    save: Path | None,
+    form: str = FORMS[0],
 ) -> tuple[torch.Tensor, float]:
     """Take steps from the start or from a checkpoint, save if asked. Returns log-probs and the learning rate."""
     from mpo_megatron.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
@@ -41,6 +50,7 @@ def train(
             model.layout,
             {"config.yaml": "a: 1\n"},
             folder,
+            form,
         )
     return logps(model), model.optimizer.param_groups[0]["lr"]
 
@@ -98,30 +108,168 @@ def test_uneven_stages_resume_at_other_stages_and_back(sharded: bool, ranks: Any
         torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-3)
 
 
-def test_bfloat16_keeps_its_master_weights(folder: Path, ranks: Any, tmp_path: Path) -> None:
-    layout = Layout(precision=torch.bfloat16, distributed_optimizer=True)
-    ((straight, _), _) = ranks(2).run(train, folder, layout, 4, None, None)
-    ranks(2).run(train, folder, layout, 2, None, tmp_path)
-    ((resumed, _), _) = ranks(2).run(train, folder, layout, 2, tmp_path, None)
+def state_after(
+    folder: Path, wanted: Layout, resume: Path, *, in_shape: bool
+) -> list[dict[str, torch.Tensor]]:
+    """Masters and moments of each parameter of this rank after loading, as the buckets lie or parameter by parameter.
+
+    Both with nothing of what was there before.
+    """
+    from mpo_megatron.training import checkpoint
+    from mpo_megatron.training.optimizer_state import _parts
+
+    model = build(folder, SIZES, wanted)
+    for part in _parts(model.optimizer):
+        for parameter, state in part.optimizer.state.items():
+            parameter.detach().fill_(7.0)
+            for values in state.values():
+                values.fill_(7.0)
+    same, asked = checkpoint._same_buckets, []
+
+    def noted(*arguments: Any) -> bool:
+        asked.append(same(*arguments))
+        return asked[-1] and not in_shape
+
+    checkpoint._same_buckets = noted  # type: ignore[assignment]
+    try:
+        newest = checkpoint.latest_checkpoint(resume)
+        assert newest is not None
+        checkpoint.load_checkpoint(newest, model.chunks, model.optimizer, model.schedule, model.layout)
+    finally:
+        checkpoint._same_buckets = same
+    assert asked == [True]
+    return [
+        {"param": parameter.detach().clone(), **state}
+        for part in _parts(model.optimizer)
+        for parameter, state in part.optimizer.state.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("family", "world", "layout", "after"),
+    [
+        ("llama", 2, Layout(distributed_optimizer=True), (4, Layout(distributed_optimizer=True))),
+        (
+            "llama",
+            4,
+            Layout(tp=2, distributed_optimizer=True, precision=torch.bfloat16),
+            (2, Layout(tp=2, distributed_optimizer=True, precision=torch.bfloat16)),
+        ),
+        (
+            "qwen2",
+            4,
+            Layout(pp=2, vpp=2, distributed_optimizer=True),
+            (4, Layout(pp=2, vpp=2, cp=2, distributed_optimizer=True)),
+        ),
+        (
+            "qwen3_moe",
+            4,
+            Layout(ep=2, distributed_optimizer=True),
+            (2, Layout(ep=2, distributed_optimizer=True)),
+        ),
+    ],
+    ids=["dp2 to dp4", "tp2-dp2 to tp2, bf16", "pp2-vpp2-dp2 to cp2", "ep2-dp2 to ep2"],
+)
+def test_buckets_are_read_as_they_lie_and_in_shape_to_the_same_bits(
+    family: str, world: int, layout: Layout, after: tuple[int, Layout], ranks: Any, tmp_path: Path
+) -> None:
+    source = make_model(tmp_path / "source", family)
+    saved = tmp_path / "saved"
+    ranks(world).run(train, source, layout, 2, None, saved)
+    assert (saved / "step_0000002" / BUCKETS_FILE).is_file()
+    for count, wanted in ((world, layout), after):
+        lying = ranks(count).run(state_after, source, wanted, saved, in_shape=False)
+        in_shape = ranks(count).run(state_after, source, wanted, saved, in_shape=True)
+        for ours, theirs in zip(lying, in_shape, strict=True):
+            assert len(ours) == len(theirs) > 0
+            for a, b in zip(ours, theirs, strict=True):
+                assert a.keys() == b.keys() == {"param", "exp_avg", "exp_avg_sq", "step"}
+                assert all(torch.equal(a[name], b[name]) for name in a)
+                assert float(a["step"]) == 2.0
+                assert not (a["exp_avg"] == 7.0).any()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("family", "world", "layout"),
+    [
+        ("llama", 2, Layout(distributed_optimizer=True)),
+        ("llama", 2, Layout(precision=torch.bfloat16, distributed_optimizer=True)),
+        ("qwen3_moe", 2, Layout(ep=2, distributed_optimizer=True)),
+        ("llama", 4, Layout(tp=2, precision=torch.bfloat16, distributed_optimizer=True)),
+        ("llama", 2, Layout(precision=torch.bfloat16)),
+    ],
+    ids=["dp2", "dp2 in bf16", "ep2", "tp2-dp2 in bf16", "plain in bf16"],
+)
+def test_a_resumed_run_is_the_unbroken_one_to_the_last_bit(
+    family: str, world: int, layout: Layout, form: str, ranks: Any, tmp_path: Path
+) -> None:
+    source = make_model(tmp_path / "source", family)
+    saved = tmp_path / "saved"
+    ((straight, _), *_) = ranks(world).run(train, source, layout, 4, None, None)
+    ranks(world).run(train, source, layout, 2, None, saved, form)
+    in_buckets = form == FORMS[0] and layout.distributed_optimizer
+    assert (saved / "step_0000002" / BUCKETS_FILE).is_file() == in_buckets
+    ((resumed, _), *_) = ranks(world).run(train, source, layout, 2, saved, None)
     assert torch.equal(resumed, straight)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_experts_resume_at_another_layout(form: str, ranks: Any, tmp_path: Path) -> None:
+    source = make_model(tmp_path / "source", "qwen3_moe")
+    saved = tmp_path / "saved"
+    one, two = Layout(distributed_optimizer=True), Layout(ep=2, tp=2, distributed_optimizer=True)
+    ((expected, _),) = ranks(1).run(train, source, one, 4, None, None)
+    ranks(4).run(train, source, two, 2, None, saved, form)
+    ((values, _),) = ranks(1).run(train, source, one, 2, saved, None)
+    torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-3)
+
+
+def load_error(folder: Path, wanted: Layout, path: Path) -> str:
+    """The error of resuming from a checkpoint."""
+    from mpo_megatron.training.checkpoint import load_checkpoint
+
+    model = build(folder, SIZES, wanted)
+    try:
+        load_checkpoint(path, model.chunks, model.optimizer, model.schedule, model.layout)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["plain optimizer", "distributed optimizer"])
+def test_the_other_optimizers_state_is_refused_in_one_sentence(
+    sharded: bool, folder: Path, ranks: Any, tmp_path: Path
+) -> None:
+    ranks(2).run(train, folder, Layout(distributed_optimizer=sharded), 1, None, tmp_path)
+    path = tmp_path / "step_0000001"
+    errors = ranks(2).run(load_error, folder, Layout(distributed_optimizer=not sharded), path)
+    said = f"{path} was saved with model.optim.distributed={str(sharded).lower()}, and the state of that optimizer"
+    assert errors[0] == errors[1]
+    assert errors[0].startswith(said)
+
+
+def test_damaged_buckets_are_named_on_all_ranks(folder: Path, ranks: Any, tmp_path: Path) -> None:
+    ranks(2).run(train, folder, Layout(distributed_optimizer=True), 1, None, tmp_path)
+    path = tmp_path / "step_0000001"
+    listed = (path / BUCKETS_FILE).read_text()
+    first, _, rest = listed.partition('["decoder.layers.mlp.linear_fc2.weight"')
+    other = Layout(pp=2, distributed_optimizer=True)
+    for text, message in (
+        (f'{first}["decoder.layers.mlp.linear_fc3.weight"{rest}', "has no data for optimizer.state."),
+        (listed[:-9], f"{path / BUCKETS_FILE} cannot be read"),
+    ):
+        (path / BUCKETS_FILE).write_text(text)
+        errors = ranks(2).run(load_error, folder, other, path)
+        assert errors[0] == errors[1]
+        assert message in errors[0]
+        assert "\n" not in errors[0]
 
 
 def test_saving_before_the_first_step(folder: Path, unbroken: tuple, ranks: Any, tmp_path: Path) -> None:
     ranks(1).run(train, folder, Layout(), 0, None, tmp_path)
     ((values, _),) = ranks(1).run(train, folder, Layout(), 4, tmp_path, None)
     torch.testing.assert_close(values, unbroken[0], rtol=1e-5, atol=1e-4)
-
-
-def broken_case(folder: Path, path: Path) -> str:
-    """The error of loading something that is no checkpoint."""
-    from mpo_megatron.training.checkpoint import load_checkpoint
-
-    model = build(folder, SIZES, Layout())
-    try:
-        load_checkpoint(path, model.chunks, model.optimizer, model.schedule, model.layout)
-    except CheckpointError as error:
-        return str(error)
-    return ""
 
 
 def test_an_unfinished_checkpoint_is_not_found_and_a_broken_one_is_named(
@@ -134,5 +282,5 @@ def test_an_unfinished_checkpoint_is_not_found_and_a_broken_one_is_named(
     (tmp_path / "step_0000003").mkdir()
     (tmp_path / "step_0000012").mkdir()
     assert latest_checkpoint(tmp_path) == tmp_path / "step_0000012"
-    (message,) = ranks(1).run(broken_case, folder, tmp_path / "step_0000012")
+    (message,) = ranks(1).run(load_error, folder, Layout(), tmp_path / "step_0000012")
     assert "step_0000012 is not a complete Megatron distributed checkpoint" in message

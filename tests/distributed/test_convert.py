@@ -1,6 +1,7 @@
 """Hugging Face folder, distributed checkpoint, Hugging Face folder: the same bits and the same config on every way."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mpo_megatron.conversion.convert import export_checkpoint, import_hf
+from mpo_megatron.conversion.describe import describe
 from mpo_megatron.conversion.hf_folder import INDEX, WeightReader, is_checkpoint, model_folder
 from mpo_megatron.conversion.torch_dist import CheckpointReader
 from mpo_megatron.errors import CheckpointError, ConfigError
@@ -144,7 +146,10 @@ def test_a_training_checkpoint_exports_what_the_live_model_is(
     family = "qwen2" if layout.ep == 1 else "qwen3_moe"
     source = make_model(tmp_path / "source", family, tie_word_embeddings=tied)
     ranks(world).run(save_and_export, source, layout, tmp_path / "saved", tmp_path / "live")
-    export_checkpoint(tmp_path / "saved" / "step_0000001", tmp_path / "exported")
+    saved = tmp_path / "saved" / "step_0000001"
+    form = "dp_reshardable" if layout.distributed_optimizer else "of the plain optimizer"
+    assert re.search(rf"optimizer .* of float32, {form}\nstep +1$", "\n".join(describe(saved)))
+    export_checkpoint(saved, tmp_path / "exported")
     assert_same_folder(tmp_path / "live", tmp_path / "exported")
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("source", "exported"))
     unchanged = {name for name in before if torch.equal(before[name], after[name])}

@@ -18,6 +18,7 @@ from mpo_megatron.conversion.names import by_megatron_name
 from mpo_megatron.model.rotary import PositionRotaryEmbedding
 from tests.distributed.faults import replaced
 from tests.distributed.jobs import Layout, build, logps, steps_and_gradients
+from tests.distributed.test_checkpoint import FORMS, train
 from tests.distributed.test_convert import save_and_export
 from tests.helpers.models import make_model
 
@@ -129,6 +130,23 @@ def test_a_checkpoint_opens_under_the_other_layers(
     live, exported = (load_file(tmp_path / name / "model.safetensors") for name in ("live", "exported"))
     assert live.keys() == exported.keys() == load_file(source / "model.safetensors").keys()
     assert all(torch.equal(live[name], exported[name]) for name in live)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("writer", ["local", "te"])
+def test_a_run_resumes_under_the_other_layers(
+    writer: str, form: str, ranks: Any, te_ranks: Any, tmp_path: Path
+) -> None:
+    """Their parameters are in another order, and so in other places of the optimizer's buckets."""
+    source = make_model(tmp_path / "source", "qwen3")
+    kinds: dict[str, Any] = {"local": (ranks, {}), "te": (te_ranks, TE)}
+    (pool, options), (other, other_options) = kinds[writer], kinds["te" if writer == "local" else "local"]
+    layout = Layout(distributed_optimizer=True, options=options)
+    ((expected, _), _) = pool(2).run(train, source, layout, 4, None, None)
+    pool(2).run(train, source, layout, 2, None, tmp_path / "saved", form)
+    layout = Layout(distributed_optimizer=True, options=other_options)
+    ((resumed, _), _) = other(2).run(train, source, layout, 2, tmp_path / "saved", None)
+    torch.testing.assert_close(resumed, expected, rtol=1e-4, atol=1e-3)
 
 
 def run_with_fault(fault: str, *arguments: Any) -> Any:

@@ -1,0 +1,156 @@
+"""The forms in which checkpoints hold the state of Megatron's distributed optimizer.
+
+`dp_reshardable`: each rank writes its part of each bucket as it lies; nothing is gathered. Megatron itself reads it at
+another number of data-parallel ranks alone; with what `conversion.buckets` writes beside it, it is read at any layout.
+
+`fully_reshardable`: in the parameters' own shapes, which any layout of Megatron reads, NeMo's and Megatron-LM's own
+included. The first of the ranks that share a parameter's state gathers it, all 12 bytes a parameter, in host memory.
+
+The plain optimizer has the whole state on each rank, in the parameters' shapes: it needs no form.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from mpo_megatron.conversion.buckets import Piece
+from mpo_megatron.errors import CheckpointError
+
+BUCKETS = "dp_reshardable"
+WHOLE = "fully_reshardable"
+# Megatron's name of the form in what it writes about a checkpoint's content.
+FORM = "distrib_optim_sharding_type"
+_MEMORY_EFFICIENT = "distrib_optim_fully_reshardable_mem_efficient"
+
+
+def content(optimizer: Any, form: str) -> dict[str, Any]:
+    """What is to be written about a checkpoint's content, and what Megatron is asked for: nothing of a plain optimizer.
+
+    Args:
+        form: BUCKETS or WHOLE.
+    """
+    return {FORM: form, _MEMORY_EFFICIENT: True} if is_distributed(optimizer) else {}
+
+
+def is_distributed(optimizer: Any) -> bool:
+    return all(isinstance(part, DistributedOptimizer) for part in _parts(optimizer))
+
+
+def check_kind(path: Path, saved: dict[str, Any] | None, optimizer: Any) -> None:
+    """Check that a checkpoint's state is of this kind of optimizer.
+
+    Args:
+        saved: what is written about the content; None: an older checkpoint, which says nothing.
+
+    Raises:
+        CheckpointError: it is the other kind's.
+    """
+    if saved is None:
+        return
+    was, now = FORM in saved, is_distributed(optimizer)
+    if was != now:
+        raise CheckpointError(
+            f"{path} was saved with model.optim.distributed={str(was).lower()}, and the state of that optimizer "
+            f"is not this one's; set it so, or start a new run from the weights with model.restore_from_path={path}"
+        )
+
+
+def sharded_state(
+    optimizer: Any, models: dict[str, Any], form: str, *, is_loading: bool = False
+) -> dict[Any, Any]:
+    """The optimizer's sharded state dictionary; with WHOLE, all ranks gather it when they save.
+
+    Args:
+        models: sharded state dictionaries of the model chunks.
+    """
+    found: dict[Any, Any] = optimizer.sharded_state_dict(
+        models, is_loading=is_loading, metadata=content(optimizer, form)
+    )
+    if is_distributed(optimizer) and form == BUCKETS:
+        _cut_padding(found)
+    return found
+
+
+def _cut_padding(state: dict[Any, Any]) -> None:
+    """End the padding of each bucket where the bucket ends.
+
+    Megatron's goes beyond it where the parameters before a shared embedding end within an alignment of 64.
+    """
+    for one in nested_values(state):
+        if isinstance(one, ShardedTensor):
+            (offset,), (size,), (end,) = one.global_offset, one.local_shape, one.global_shape
+            if offset + size > end:
+                one.data, one.local_shape = one.data[: end - offset], (end - offset,)
+
+
+def pieces(optimizer: Any, models: dict[str, Any], state: dict[Any, Any]) -> list[Piece]:
+    """What the buckets of this rank hold, those whose first part it has; over all ranks that is each bucket once.
+
+    Args:
+        models: sharded state dictionaries of the model chunks.
+        state: of the form BUCKETS, from `sharded_state`.
+    """
+    sharded, _ = extract_sharded_tensors_and_factories(models)
+    named = {id(one.data): one for one in nested_values(sharded)}
+    found = []
+    for part, own in zip(_parts(optimizer), _states(state), strict=True):
+        if part.data_parallel_group.rank():
+            continue
+        for number, buffer in enumerate(part.buffers):
+            ((_, buckets),) = own["param_state"][number].items()
+            for parameter, (start, _, bucket) in buffer.param_index_map.items():
+                name = next(one["param"].key for one in buckets[bucket] if "param" in one)
+                start -= buffer.buckets[bucket].offset
+                found += list(_pieces(named[id(parameter)], name.removesuffix(".param"), start))
+    return found
+
+
+def _pieces(sharded: ShardedTensor | ShardedTensorFactory, bucket: str, start: int) -> Iterator[Piece]:
+    """The boxes of a parameter that lies at `start`: two of a gated layer's first matrix, else one."""
+    parameter = sharded.data
+    built = sharded.build() if isinstance(sharded, ShardedTensorFactory) else sharded
+    for one in nested_values([built]):
+        values = one.data.detach()
+        assert values.is_contiguous(), f"{one.key} does not lie in its bucket row by row"
+        skipped = values.storage_offset() - parameter.storage_offset()
+        sizes = (1,) * one.prepend_axis_num + tuple(one.local_shape)
+        yield Piece(
+            one.key, tuple(one.global_shape), tuple(one.global_offset), sizes, bucket, start + skipped
+        )
+
+
+def read_buckets_in_shape(state: dict[Any, Any], rank: int) -> None:
+    """Make a request for WHOLE, from `sharded_state`, one that a checkpoint of BUCKETS answers.
+
+    What is not of a parameter (steps and hyper-parameters) is an object there, of each model-parallel rank the same.
+
+    Args:
+        rank: among all.
+    """
+    several = 0 in state
+    for number, own in enumerate(_states(state)):
+        prefix = f"chained_{number}." if several else ""
+        for key in own.keys() & {"optimizer", "grad_scaler"}:
+            name = f"{prefix}optimizer.distributed.dp_group_idx_0.{key}"
+            own[key] = ShardedObject(name, None, (1,), (0,), replica_id=rank)
+
+
+def call_whole(loaded: dict[Any, Any]) -> None:
+    """Say of a loaded state that it is WHOLE, whatever the checkpoint was."""
+    for own in _states(loaded):
+        own["param_state_sharding_type"] = WHOLE
+
+
+def _parts(optimizer: Any) -> list[Any]:
+    """Megatron's optimizers: where there are experts two, theirs the second."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def _states(state: dict[Any, Any]) -> list[dict[str, Any]]:
+    """The states of those optimizers."""
+    return [state[key] for key in sorted(state)] if 0 in state else [state]
