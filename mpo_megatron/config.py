@@ -19,14 +19,27 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationE
 
 from mpo_megatron.errors import ConfigError
 
+# Metrics of validation that checkpoints can be compared by, and which is better: the least or the greatest.
+MONITORS = {"loss": "min", "reward_margin": "max", "accuracy": "max", "preferred_reward": "max"}
+
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     """How checkpoints are written, and which are kept; see docs/checkpoints.md. Names as in NeMo and Megatron."""
 
+    # Keep the best by `monitor`, so many, and the newest; validation is then made before each is written. -1: do not.
+    save_top_k: int = -1
+    monitor: str = "loss"  # metric of validation: loss | reward_margin | accuracy | preferred_reward
+    mode: str | None = None  # which is better: min | max; null: min of the loss, max of the others
+    most_recent_k: int = -1  # keep so many of the newest; -1, with save_top_k=-1: remove none
     # Whether they have the distributed optimizer's state in the parameters' shapes, as other programs read it at any
     # layout, for which it is gathered. This package reads either form at any layout.
     dist_ckpt_optim_fully_reshardable: bool = False
+
+    @property
+    def removes_some(self) -> bool:
+        """Whether there is a rule by which checkpoints are removed."""
+        return self.save_top_k != -1 or self.most_recent_k != -1
 
 
 @dataclass(frozen=True)
@@ -359,6 +372,7 @@ def _check(config: Config) -> None:
         )
 
     _check_pipeline(model)
+    _check_checkpoints(config)
     if model.export_at_save and not trainer.save_interval and not trainer.save_at_end:
         raise ConfigError(
             "model.export_at_save=true exports every checkpoint and there will be none; set trainer.save_interval, "
@@ -396,6 +410,26 @@ def _check(config: Config) -> None:
         raise ConfigError(
             f"model.data.max_length={data.max_length} leaves no room for a response after a prompt of "
             f"model.data.max_prompt_length={data.max_prompt_length} tokens; raise the first or lower the second"
+        )
+
+
+def _check_checkpoints(config: Config) -> None:
+    rule = config.trainer.checkpoint
+    _one_of("trainer.checkpoint.monitor", rule.monitor, MONITORS)
+    if rule.mode is not None:
+        _one_of("trainer.checkpoint.mode", rule.mode, ("min", "max"))
+    for name in ("save_top_k", "most_recent_k"):
+        if getattr(rule, name) != -1:
+            _at_least(f"trainer.checkpoint.{name}", getattr(rule, name), 1)
+    if rule.save_top_k != -1 and not config.model.data.validation:
+        raise ConfigError(
+            f"trainer.checkpoint.save_top_k={rule.save_top_k} keeps the best by {rule.monitor} in validation, and "
+            "model.data.validation is null; give it, or keep the newest with trainer.checkpoint.most_recent_k"
+        )
+    if config.exp_manager.get("checkpoint_callback_params"):
+        raise ConfigError(
+            "exp_manager.checkpoint_callback_params is of NeMo's callback, which this job does not use; set "
+            "trainer.save_interval, and trainer.checkpoint.save_top_k, .monitor and .mode"
         )
 
 

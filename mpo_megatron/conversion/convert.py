@@ -24,12 +24,12 @@ from mpo_megatron.conversion.buckets import BucketReader
 from mpo_megatron.conversion.check import check_weights
 from mpo_megatron.conversion.hf_folder import DTYPES, HF_FOLDER, WeightReader, copy_all_but_weights
 from mpo_megatron.conversion.names import Entry, entries
-from mpo_megatron.conversion.torch_dist import CheckpointReader, Chunk, write_checkpoint
+from mpo_megatron.conversion.torch_dist import FORMAT_FILE, CheckpointReader, Chunk, write_checkpoint
 from mpo_megatron.conversion.transforms import VOCABULARY, Cut
 from mpo_megatron.conversion.weight_writer import MAX_SHARD_BYTES, write_folder
 from mpo_megatron.errors import CheckpointError, UserError
 from mpo_megatron.model.architecture import Architecture, read_architecture
-from mpo_megatron.runtime.publish import check_space, published
+from mpo_megatron.runtime.publish import check_space, published, reading
 
 # The embedding is written in pieces of so many bytes, so that it is not in memory whole.
 PIECE_BYTES = 64 * 2**20
@@ -143,7 +143,8 @@ def export_checkpoint(
     stored = reader.dtype(first) if first in reader else torch.float32
     dtype = dtype or stored
     size = sum(shape.numel() for shape in shapes.values()) * stored.itemsize
-    with _bar("export", size, progress) as bar:
+    # The run that made the checkpoint may want to remove it meanwhile.
+    with _bar("export", size, progress) as bar, reading(folder / FORMAT_FILE):
         write_folder(Path(output), source, shapes, dtype, tensors(bar), max_shard_bytes)
 
 

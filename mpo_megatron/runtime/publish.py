@@ -1,6 +1,7 @@
 """Folders that appear under their name when they are complete, or not at all."""
 
 import contextlib
+import fcntl
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -38,6 +39,28 @@ def replace(temporary: Path, final: Path) -> None:
         final.rename(older)
     temporary.rename(final)
     shutil.rmtree(older, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Hold a shared lock on a file of a folder while the folder is read, so that nobody removes it."""
+    with file.open("rb") as opened:
+        # A file system without locks has nobody ask.
+        with contextlib.suppress(OSError):
+            fcntl.flock(opened, fcntl.LOCK_SH)
+        yield
+
+
+def is_being_read(file: Path) -> bool:
+    """Whether a process holds the lock of `reading`."""
+    with file.open("rb+") as opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+    return False
 
 
 def cannot_write(final: Path, error: OSError) -> CheckpointError:

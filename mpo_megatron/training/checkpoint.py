@@ -38,14 +38,21 @@ from mpo_megatron.training.optimizer_state import (
 _PREFIX = "step_"
 
 
+def all_checkpoints(folder: Path) -> dict[int, Path]:
+    """The complete checkpoints in `folder` by their steps, in that order."""
+    found = {path.name.removeprefix(_PREFIX): path for path in folder.glob(f"{_PREFIX}*") if path.is_dir()}
+    return dict(sorted((int(step), path) for step, path in found.items() if step.isdigit()))
+
+
 def latest_checkpoint(folder: Path) -> Path | None:
     """The complete checkpoint of the highest step in `folder`, if there is one."""
-    found = [
-        path
-        for path in folder.glob(f"{_PREFIX}*")
-        if path.is_dir() and path.name.removeprefix(_PREFIX).isdigit()
-    ]
-    return max(found, key=lambda path: int(path.name.removeprefix(_PREFIX)), default=None)
+    return next(reversed(all_checkpoints(folder).values()), None)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a run that was ended had begun to write or to remove; for one rank."""
+    for path in folder.glob(f".{_PREFIX}*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def save_checkpoint(

@@ -41,6 +41,10 @@ class BackgroundExports:
         )
         self._running.append(_Export(checkpoint, output, process))
 
+    def reading(self) -> list[Path]:
+        """The checkpoints that are being read."""
+        return [export.checkpoint for export in self._running if export.process.poll() is None]
+
     def wait(self) -> None:
         """Until all have ended; says how."""
         self._tell(list(self._running))

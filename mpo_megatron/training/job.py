@@ -19,7 +19,7 @@ from mpo_megatron.errors import CheckpointError
 from mpo_megatron.model.fp8 import Fp8
 from mpo_megatron.model.provider import build_model, unwrap
 from mpo_megatron.runtime.parallel import raising_together
-from mpo_megatron.training.checkpoint import latest_checkpoint, load_checkpoint
+from mpo_megatron.training.checkpoint import latest_checkpoint, load_checkpoint, remove_leftovers
 from mpo_megatron.training.experiment import CHECKPOINTS, Experiment, start_experiment
 from mpo_megatron.training.exports import BackgroundExports
 from mpo_megatron.training.kernels import costs, kernels
@@ -205,7 +205,10 @@ def resume(job: Job) -> int:
     if not job.setup.config.exp_manager.get("resume_if_exists"):
         return 0
     # Found by one rank: a network file system may not show all nodes the same yet.
-    newest = [latest_checkpoint(job.folder / CHECKPOINTS) if job.is_main else None]
+    newest: list[Path | None] = [None]
+    if job.is_main:
+        remove_leftovers(job.folder / CHECKPOINTS)
+        newest = [latest_checkpoint(job.folder / CHECKPOINTS)]
     dist.broadcast_object_list(newest, src=0, group=job.setup.layout.control)
     (path,) = newest
     if path is None:

@@ -15,12 +15,13 @@ from mpo_megatron.errors import UserError
 from mpo_megatron.model.provider import unwrap
 from mpo_megatron.runtime.parallel import shutdown
 from mpo_megatron.scheduling.rows import StepRows
-from mpo_megatron.training.checkpoint import save_checkpoint
+from mpo_megatron.training.checkpoint import all_checkpoints, save_checkpoint
 from mpo_megatron.training.experiment import CHECKPOINTS
 from mpo_megatron.training.job import IDENTITY_FILE, Job, build_job, identity, resume, start_masters
 from mpo_megatron.training.masters import master_values
 from mpo_megatron.training.optimizer_state import BUCKETS, WHOLE
 from mpo_megatron.training.report import TrainingBar, before_after, plot_run, progress, say
+from mpo_megatron.training.retention import VALIDATION_FILE, remove_superfluous
 from mpo_megatron.training.setup import EXPORT_DTYPES, Setup, prepare
 from mpo_megatron.training.step import objective_pass
 
@@ -58,12 +59,17 @@ def run_steps(job: Job, start: int) -> None:
         values = train_step(job, step)
         bar.advance(values)
         last = step == job.total_steps
+        saves = (last and trainer.save_at_end) or (
+            trainer.save_interval and step % trainer.save_interval == 0
+        )
         if step % trainer.log_every_n_steps == 0 or last:
             job.log(step, "train", values)
-        if last or (val_every and step % int(val_every) == 0):
-            validate(job, step)
-        if (last and trainer.save_at_end) or (trainer.save_interval and step % trainer.save_interval == 0):
-            save(job, step)
+        metrics: dict[str, float] = {}
+        is_compared = saves and trainer.checkpoint.save_top_k != -1
+        if last or is_compared or (val_every and step % int(val_every) == 0):
+            metrics = validate(job, step)
+        if saves:
+            save(job, step, metrics)
     bar.close()
 
 
@@ -109,11 +115,11 @@ def _check_finite(name: str, value: float, step: int, setup: Setup, rows: StepRo
         )
 
 
-def validate(job: Job, step: int) -> None:
-    """Log the validation split's metrics after `step` optimizer steps."""
+def validate(job: Job, step: int) -> dict[str, float]:
+    """Log the validation split's metrics after `step` optimizer steps. Returns them; nothing without such a split."""
     split, layout = job.setup.validation, job.setup.layout
     if split is None:
-        return
+        return {}
     references = job.references["validation"]
     for chunk in job.chunks:
         chunk.eval()
@@ -124,14 +130,17 @@ def validate(job: Job, step: int) -> None:
         values = objective_pass(job.chunks, rows, job.setup.objective, references, layout, forward_only=True)
         sums = {name: sums.get(name, 0.0) + value * rows.groups for name, value in values.items()}
         groups += rows.groups
-    job.log(step, "validation", {name: value / groups for name, value in sums.items()})
+    means = {name: value / groups for name, value in sums.items()}
+    job.log(step, "validation", means)
+    return means
 
 
-def save(job: Job, step: int) -> None:
-    """Write the checkpoint of `step`."""
+def save(job: Job, step: int, metrics: dict[str, float]) -> None:
+    """Write the checkpoint of `step`, with the metrics of the validation there; remove those not to be kept."""
     files = {
         "config.yaml": yaml.safe_dump(as_yaml(job.setup.config), sort_keys=False),
         IDENTITY_FILE: json.dumps(identity(job), indent=2),
+        VALIDATION_FILE: json.dumps(metrics, indent=2),
     }
     folder = job.folder / CHECKPOINTS
     form = WHOLE if job.setup.config.trainer.checkpoint.dist_ckpt_optim_fully_reshardable else BUCKETS
@@ -151,6 +160,14 @@ def save(job: Job, step: int) -> None:
         if job.setup.config.model.export_at_save:
             dtype = EXPORT_DTYPES[job.setup.config.model.export_dtype]
             job.exports.start(path, job.folder / "exports" / path.name, dtype)
+        thin_out(job)
+
+
+def thin_out(job: Job) -> None:
+    """Remove the checkpoints that are not to be kept and that nobody reads; for rank 0."""
+    in_use = [*job.exports.reading(), Path(job.setup.config.model.restore_from_path)]
+    checkpoints = all_checkpoints(job.folder / CHECKPOINTS)
+    remove_superfluous(checkpoints, job.setup.config.trainer.checkpoint, in_use)
 
 
 def finish(job: Job) -> None:
@@ -172,6 +189,7 @@ def finish(job: Job) -> None:
         return
     job.experiment.close()
     job.exports.wait()
+    thin_out(job)
     history = job.experiment.history()
     plot_run(history, job.folder / "training.png")
     validations = [line for line in history if line["split"] == "validation"]

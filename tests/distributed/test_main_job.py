@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +281,13 @@ def job_killed_after(overrides: list[str], steps: int, lines: Path) -> str:
     return "ended"
 
 
+def wait_for(*paths: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not all(path.exists() for path in paths):
+        assert time.monotonic() < deadline, [path for path in paths if not path.exists()]
+        time.sleep(0.1)
+
+
 def printed(overrides: list[str]) -> str:
     """Run the job. Returns what this rank has printed."""
     with contextlib.redirect_stdout(io.StringIO()) as output:
@@ -465,6 +473,31 @@ def test_every_checkpoint_is_exported_beside_the_run(
     assert all(torch.equal(weights[1][name], weights[2][name]) for name in weights[2])
     assert not any(torch.equal(weights[0][name], weights[2][name]) for name in weights[2])
     AutoTokenizer.from_pretrained(tmp_path / "exports" / "step_0000002")
+
+
+def test_the_best_and_the_newest_checkpoints_are_kept(
+    inputs: dict[str, Path], ranks: Any, tmp_path: Path
+) -> None:
+    """The largest losses, so that they are not the newest ones; validated at each checkpoint, across a restart."""
+    more = ["trainer.max_steps=8", "trainer.save_interval=1", "exp_manager.resume_if_exists=true",
+            "trainer.checkpoint.save_top_k=2", "trainer.checkpoint.mode=max", "trainer.checkpoint.most_recent_k=2",
+            "model.export_at_save=true", "trainer.val_check_interval=0"]  # fmt: skip
+    overrides = arguments(inputs, tmp_path, *more)
+    checkpoints = tmp_path / "checkpoints"
+    assert ranks(2).run(job_killed_after, overrides, 5, tmp_path, timeout=240) == ["stopped", "stopped"]
+    (checkpoints / ".step_0000006.tmp").mkdir()
+    # They outlive the run, but those that have not begun to read hold nothing yet.
+    wait_for(*(tmp_path / "exports" / f"step_000000{step}" for step in range(1, 6)))
+    assert ranks(2).run(job, overrides, timeout=240) == ["", ""]
+    losses = {line["step"]: line["loss"] for line in metrics(tmp_path, "validation") if line["step"]}
+    assert list(losses) == list(range(1, 9))
+    expected = {*sorted(losses, key=lambda step: -losses[step])[:2], 7, 8}
+    assert len(expected) > 2
+    assert {path.name for path in checkpoints.iterdir()} == {f"step_{step:07d}" for step in expected}
+    assert {path.name for path in (tmp_path / "exports").iterdir()} == {f"step_{step:07d}" for step in losses}
+    for path in checkpoints.iterdir():
+        step = int(path.name.removeprefix("step_"))
+        assert json.loads((path / "validation.json").read_text())["loss"] == losses[step]
 
 
 @pytest.mark.parametrize(

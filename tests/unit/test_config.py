@@ -111,6 +111,21 @@ def test_sequence_parallelism_comes_with_tensor_parallelism() -> None:
             ["model.export_at_save=true", "trainer.save_at_end=false"],
             "there will be none; set trainer.save_interval",
         ),
+        (
+            "trainer.checkpoint.monitor=val_loss",
+            "choose one of loss, reward_margin, accuracy, preferred_reward",
+        ),
+        ("trainer.checkpoint.mode=best", "choose one of min, max"),
+        ("trainer.checkpoint.save_top_k=0", "trainer.checkpoint.save_top_k=0 must be 1 or more"),
+        ("trainer.checkpoint.most_recent_k=-2", "must be 1 or more"),
+        (
+            ["trainer.checkpoint.save_top_k=2", "model.data.validation=null"],
+            "and model.data.validation is null; give it, or keep the newest with",
+        ),
+        (
+            "exp_manager.checkpoint_callback_params.save_top_k=3",
+            "set trainer.save_interval, and trainer.checkpoint.save_top_k, .monitor and .mode",
+        ),
         ("model.restore_from_path=???", "model.restore_from_path has no value"),
         ("model.optim.betas=[0.9,1.0]", "must be in [0, 1)"),
         ("model.optim.sched.min_lr=1", "is above model.optim.lr"),
