@@ -32,6 +32,8 @@ class CheckpointConfig:
     monitor: str = "loss"  # metric of validation: loss | reward_margin | accuracy | preferred_reward
     mode: str | None = None  # which is better: min | max; null: min of the loss, max of the others
     most_recent_k: int = -1  # keep so many of the newest; -1, with save_top_k=-1: remove none
+    # Write them in the background, from a copy in host memory of each rank's share, while training goes on.
+    async_save: bool = False
     # Whether they have the distributed optimizer's state in the parameters' shapes, as other programs read it at any
     # layout, for which it is gathered. This package reads either form at any layout.
     dist_ckpt_optim_fully_reshardable: bool = False

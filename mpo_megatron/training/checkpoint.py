@@ -1,4 +1,4 @@
-"""Megatron distributed checkpoints: saved at any layout, loaded at any other.
+"""Megatron distributed checkpoints of a run, saved at any layout: where they are, and loading them at any other.
 
 A checkpoint is a folder `checkpoints/step_NNNNNNN` in the experiment folder. It is written under a temporary name and
 renamed when complete, so that a folder with a final name is always whole. Nothing in a training step draws random
@@ -11,17 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from mpo_megatron.conversion.buckets import Piece, read_pieces, write_pieces
-from mpo_megatron.conversion.hf_folder import HF_FOLDER, copy_all_but_weights
-from mpo_megatron.conversion.restore import fill_model, load_state, read_content, replicas
+from mpo_megatron.conversion.buckets import Piece, read_pieces
+from mpo_megatron.conversion.restore import fill_model, load_state, read_content
 from mpo_megatron.model.provider import unwrap
 from mpo_megatron.runtime.parallel import ParallelLayout, raising_together
-from mpo_megatron.runtime.publish import replace
 from mpo_megatron.training.optimizer import load_optimizer
 from mpo_megatron.training.optimizer_state import (
     BUCKETS,
@@ -29,13 +24,17 @@ from mpo_megatron.training.optimizer_state import (
     WHOLE,
     call_whole,
     check_kind,
-    content,
     pieces,
     read_buckets_in_shape,
     sharded_state,
 )
 
 _PREFIX = "step_"
+
+
+def folder_of(folder: Path, step: int) -> Path:
+    """The checkpoint of a step in `folder`."""
+    return folder / f"{_PREFIX}{step:07d}"
 
 
 def all_checkpoints(folder: Path) -> dict[int, Path]:
@@ -55,67 +54,6 @@ def remove_leftovers(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    chunks: list[Any],
-    optimizer: Any,
-    schedule: OptimizerParamScheduler,
-    layout: ParallelLayout,
-    files: dict[str, str],
-    hf_source: Path,
-    form: str = BUCKETS,
-) -> Path:
-    """Write the state after optimizer step `step`; all ranks call it, and each writes its share.
-
-    Args:
-        folder: the run's checkpoints folder, on storage that all ranks share.
-        files: names and texts of small files to put into the checkpoint, such as the resolved configuration.
-        hf_source: the Hugging Face folder of the start, whose config and tokenizer go into the checkpoint's
-        `hf` folder.
-        form: of the distributed optimizer's state, BUCKETS or WHOLE; see `optimizer_state`.
-    """
-    final = folder / f"{_PREFIX}{step:07d}"
-    temporary = folder / f".{final.name}.tmp"
-    if layout.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier(group=layout.control)
-    models = _models(chunks)
-    state = {
-        **models,
-        "optimizer": sharded_state(optimizer, models, form),
-        "schedule": schedule.state_dict(),
-        "step": step,
-    }
-    written = content(optimizer, form)
-    own = pieces(optimizer, models, state["optimizer"]) if written.get(FORM) == BUCKETS else []
-    buckets = _gather(own, layout)
-    dist_checkpointing.save(
-        state,
-        str(temporary),
-        FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), replicas()),
-        content_metadata=written,
-    )
-    if layout.is_main:
-        if buckets:
-            write_pieces(temporary, buckets)
-        for name, text in files.items():
-            (temporary / name).write_text(text, encoding="utf-8")
-        (temporary / HF_FOLDER).mkdir()
-        copy_all_but_weights(hf_source, temporary / HF_FOLDER, next(chunks[0].parameters()).dtype)
-        replace(temporary, final)
-    dist.barrier(group=layout.control)
-    return final
-
-
-def _gather(own: list[Piece], layout: ParallelLayout) -> list[Piece]:
-    """The lists of all ranks as one, on rank 0."""
-    found: list[list[Piece]] | None = [[] for _ in range(layout.world_size)] if layout.is_main else None
-    dist.gather_object(own, found, group=layout.control)
-    return [item for items in found or [] for item in items]
-
-
 def load_checkpoint(
     path: Path, chunks: list[Any], optimizer: Any, schedule: OptimizerParamScheduler, layout: ParallelLayout
 ) -> int:
@@ -129,7 +67,7 @@ def load_checkpoint(
     with raising_together(layout):
         check_kind(path, saved, optimizer)
         held = read_pieces(path)
-    models = _models(chunks)
+    models = sharded_models(chunks)
     form = (saved or {}).get(FORM, WHOLE)
     reshaped = form == BUCKETS and not _same_buckets(held, optimizer, models, layout)
     state = sharded_state(optimizer, models, WHOLE if reshaped else form, is_loading=True)
@@ -153,5 +91,6 @@ def _same_buckets(held: list[Piece], optimizer: Any, models: dict[str, Any], lay
     return all(answers)
 
 
-def _models(chunks: list[Any]) -> dict[str, Any]:
+def sharded_models(chunks: list[Any]) -> dict[str, Any]:
+    """The sharded state dictionaries of a rank's model chunks, under their names in checkpoints."""
     return {f"model{i}": unwrap(chunk).sharded_state_dict() for i, chunk in enumerate(chunks)}

@@ -20,6 +20,7 @@ from mpo_megatron.model.fp8 import Fp8
 from mpo_megatron.model.provider import build_model, unwrap
 from mpo_megatron.runtime.parallel import raising_together
 from mpo_megatron.training.checkpoint import latest_checkpoint, load_checkpoint, remove_leftovers
+from mpo_megatron.training.checkpoint_writer import CheckpointWriter
 from mpo_megatron.training.experiment import CHECKPOINTS, Experiment, start_experiment
 from mpo_megatron.training.exports import BackgroundExports
 from mpo_megatron.training.kernels import costs, kernels
@@ -27,6 +28,7 @@ from mpo_megatron.training.masters import place_masters
 from mpo_megatron.training.movement import WeightSample
 from mpo_megatron.training.nodes import check_shared
 from mpo_megatron.training.optimizer import build_optimizer, build_schedule, wrap_data_parallel
+from mpo_megatron.training.optimizer_state import BUCKETS, WHOLE
 from mpo_megatron.training.reference import cache_path, reference_key, reference_logps
 from mpo_megatron.training.report import progress, say
 from mpo_megatron.training.setup import Setup, Split
@@ -49,6 +51,7 @@ class Job:
     folder: Path
     sample: WeightSample | None  # of bf16 weights
     throughput: Throughput
+    writer: CheckpointWriter
     exports: BackgroundExports = field(default_factory=BackgroundExports)  # used on rank 0
 
     @property
@@ -85,7 +88,10 @@ def build_job(setup: Setup) -> Job:
     splits = [setup.train] + ([setup.validation] if setup.validation else [])
     references = {split.name: _reference(split, chunks, setup) for split in splits}
     sample = WeightSample([unwrap(chunk) for chunk in chunks]) if options.dtype == torch.bfloat16 else None
-    return Job(setup, chunks, optimizer, schedule, references, experiment, folder, sample, throughput)
+    rule = config.trainer.checkpoint
+    form = WHOLE if rule.dist_ckpt_optim_fully_reshardable else BUCKETS
+    writer = CheckpointWriter(folder / CHECKPOINTS, layout, form, asynchronous=rule.async_save)
+    return Job(setup, chunks, optimizer, schedule, references, experiment, folder, sample, throughput, writer)
 
 
 def _load_weights(chunks: list[Any], setup: Setup) -> None:

@@ -15,11 +15,10 @@ from mpo_megatron.errors import UserError
 from mpo_megatron.model.provider import unwrap
 from mpo_megatron.runtime.parallel import shutdown
 from mpo_megatron.scheduling.rows import StepRows
-from mpo_megatron.training.checkpoint import all_checkpoints, save_checkpoint
+from mpo_megatron.training.checkpoint import all_checkpoints
 from mpo_megatron.training.experiment import CHECKPOINTS
 from mpo_megatron.training.job import IDENTITY_FILE, Job, build_job, identity, resume, start_masters
 from mpo_megatron.training.masters import master_values
-from mpo_megatron.training.optimizer_state import BUCKETS, WHOLE
 from mpo_megatron.training.report import TrainingBar, before_after, plot_run, progress, say
 from mpo_megatron.training.retention import VALIDATION_FILE, remove_superfluous
 from mpo_megatron.training.setup import EXPORT_DTYPES, Setup, prepare
@@ -32,6 +31,7 @@ def train(config: Config) -> None:
     Raises:
         UserError: configuration, data, machine or checkpoint are not as they must be.
     """
+    job = None
     try:
         setup = prepare(config)
         job = build_job(setup)
@@ -43,6 +43,8 @@ def train(config: Config) -> None:
         finish(job)
     except UserError:
         # On all ranks alike; after any other error, ending the groups could wait for ranks inside one.
+        if job is not None:
+            complete_save(job, wait=True)
         shutdown()
         raise
     shutdown()
@@ -58,6 +60,7 @@ def run_steps(job: Job, start: int) -> None:
     for step in range(start + 1, job.total_steps + 1):
         values = train_step(job, step)
         bar.advance(values)
+        complete_save(job, wait=False)
         last = step == job.total_steps
         saves = (last and trainer.save_at_end) or (
             trainer.save_interval and step % trainer.save_interval == 0
@@ -136,31 +139,30 @@ def validate(job: Job, step: int) -> dict[str, float]:
 
 
 def save(job: Job, step: int, metrics: dict[str, float]) -> None:
-    """Write the checkpoint of `step`, with the metrics of the validation there; remove those not to be kept."""
+    """Write, or begin to write, the checkpoint of `step`, with the metrics of the validation there."""
     files = {
         "config.yaml": yaml.safe_dump(as_yaml(job.setup.config), sort_keys=False),
         IDENTITY_FILE: json.dumps(identity(job), indent=2),
         VALIDATION_FILE: json.dumps(metrics, indent=2),
     }
-    folder = job.folder / CHECKPOINTS
-    form = WHOLE if job.setup.config.trainer.checkpoint.dist_ckpt_optim_fully_reshardable else BUCKETS
-    path = save_checkpoint(
-        folder,
-        step,
-        job.chunks,
-        job.optimizer,
-        job.schedule,
-        job.setup.layout,
-        files,
-        job.setup.hf_folder,
-        form,
-    )
-    if job.is_main:
-        say(f"checkpoint in {path}")
-        if job.setup.config.model.export_at_save:
-            dtype = EXPORT_DTYPES[job.setup.config.model.export_dtype]
-            job.exports.start(path, job.folder / "exports" / path.name, dtype)
-        thin_out(job)
+    complete_save(job, wait=True)
+    job.writer.start(step, job.chunks, job.optimizer, job.schedule, files, job.setup.hf_folder)
+    complete_save(job, wait=not job.setup.config.trainer.checkpoint.async_save)
+
+
+def complete_save(job: Job, *, wait: bool) -> None:
+    """See to the checkpoint that is being written, if there is one; all ranks call it.
+
+    When it is complete: name it, have it exported, and remove those that are not to be kept.
+    """
+    path = job.writer.finish(wait=wait)
+    if path is None or not job.is_main:
+        return
+    say(f"checkpoint in {path}")
+    if job.setup.config.model.export_at_save:
+        dtype = EXPORT_DTYPES[job.setup.config.model.export_dtype]
+        job.exports.start(path, job.folder / "exports" / path.name, dtype)
+    thin_out(job)
 
 
 def thin_out(job: Job) -> None:
@@ -185,6 +187,8 @@ def finish(job: Job) -> None:
             models, job.setup.architecture, layout,
             source=job.setup.hf_folder, output=target, dtype=dtype, values=values,
         )  # fmt: skip
+    complete_save(job, wait=True)
+    job.writer.close()
     if job.experiment is None:
         return
     job.experiment.close()

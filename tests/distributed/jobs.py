@@ -22,6 +22,7 @@ from mpo_megatron.runtime.device import choose_device
 from mpo_megatron.runtime.parallel import ParallelLayout, initialize
 from mpo_megatron.scheduling.plan import Pipeline
 from mpo_megatron.scheduling.rows import RowSource, StepRows
+from mpo_megatron.training.checkpoint_writer import CheckpointWriter
 from mpo_megatron.training.optimizer import build_optimizer, build_schedule, wrap_data_parallel
 from mpo_megatron.training.step import objective_pass, response_logps
 from tests.helpers.models import make_groups
@@ -107,6 +108,15 @@ def build(folder: Path, sizes: list[int], wanted: Layout, lr: float = 1e-3, seed
         source,
         wanted.global_batch,
     )
+
+
+def save(model: Model, step: int, folder: Path, source: Path, form: str = "dp_reshardable") -> Path:
+    """Write a checkpoint into `folder`, with the tokenizer of `source`."""
+    writer = CheckpointWriter(folder, model.layout, form)
+    writer.start(step, model.chunks, model.optimizer, model.schedule, {"config.yaml": "a: 1\n"}, source)
+    path = writer.finish()
+    assert path is not None
+    return path
 
 
 def logps(model: Model) -> torch.Tensor:

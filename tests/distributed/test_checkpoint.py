@@ -9,6 +9,7 @@ import torch
 from mpo_megatron.conversion.buckets import BUCKETS_FILE
 from mpo_megatron.errors import CheckpointError
 from tests.distributed.jobs import Layout, build, gradients, logps
+from tests.distributed.jobs import save as write
 from tests.helpers.models import make_llama, make_model
 
 SIZES = [3, 4, 2, 5]
@@ -27,7 +28,7 @@ def train(
     form: str = FORMS[0],
 ) -> tuple[torch.Tensor, float]:
     """Take steps from the start or from a checkpoint, save if asked. Returns log-probs and the learning rate."""
-    from mpo_megatron.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+    from mpo_megatron.training.checkpoint import latest_checkpoint, load_checkpoint
 
     model = build(folder, SIZES, wanted)
     reference, done = logps(model), 0
@@ -41,17 +42,7 @@ def train(
         model.optimizer.step()
         model.schedule.step(1)
     if save is not None:
-        save_checkpoint(
-            save,
-            done + steps,
-            model.chunks,
-            model.optimizer,
-            model.schedule,
-            model.layout,
-            {"config.yaml": "a: 1\n"},
-            folder,
-            form,
-        )
+        write(model, done + steps, save, folder, form)
     return logps(model), model.optimizer.param_groups[0]["lr"]
 
 
@@ -277,7 +268,7 @@ def test_an_unfinished_checkpoint_is_not_found_and_a_broken_one_is_named(
 ) -> None:
     from mpo_megatron.training.checkpoint import latest_checkpoint
 
-    (tmp_path / ".step_0000009.tmp").mkdir()
+    (tmp_path / ".step_0000009-abc").mkdir()
     assert latest_checkpoint(tmp_path) is None
     (tmp_path / "step_0000003").mkdir()
     (tmp_path / "step_0000012").mkdir()

@@ -19,7 +19,7 @@ from mpo_megatron.errors import CheckpointError, ConfigError
 from mpo_megatron.model.architecture import FAMILIES
 from mpo_megatron.model.norm import RMSNorm
 from mpo_megatron.model.provider import unwrap
-from tests.distributed.jobs import Layout, build, export, gradients, logps
+from tests.distributed.jobs import Layout, build, export, gradients, logps, save
 from tests.helpers.models import make_llama, make_model
 
 SIZES = [3, 2]
@@ -118,12 +118,11 @@ def test_an_import_opens_at_any_layout(
 def save_and_export(folder: Path, wanted: Layout, saved: Path, exported: Path) -> None:
     """One training step; then a checkpoint, and the export of the live model."""
     from mpo_megatron.conversion.export import export_hf
-    from mpo_megatron.training.checkpoint import save_checkpoint
 
     model = build(folder, SIZES, wanted)
     gradients(model, logps(model), "wmpo")
     model.optimizer.step()
-    save_checkpoint(saved, 1, model.chunks, model.optimizer, model.schedule, model.layout, {}, folder)
+    save(model, 1, saved, folder)
     inner = [unwrap(chunk) for chunk in model.chunks]
     export_hf(inner, model.architecture, model.layout, source=folder, output=exported)
 
@@ -180,13 +179,11 @@ def with_norm(folder: Path, has_scales: bool) -> tuple[Any, Any]:
 
 def save_norm(folder: Path, saved: Path, has_scales: bool) -> None:
     """Save a model whose last norm has weights of 3 and, if any, scales of 1."""
-    from mpo_megatron.training.checkpoint import save_checkpoint
-
     model, norm = with_norm(folder, has_scales)
     norm.scales = torch.ones(1)
     with torch.no_grad():
         norm.weight.fill_(3.0)
-    save_checkpoint(saved, 1, model.chunks, model.optimizer, model.schedule, model.layout, {}, folder)
+    save(model, 1, saved, folder)
 
 
 def load_norm(folder: Path, saved: Path, has_scales: bool) -> tuple[float, float]:

@@ -458,10 +458,12 @@ def test_start_from_checkpoints(inputs: dict[str, Path], one_rank: Path, ranks: 
     assert (tmp_path / "c" / "hf" / "config.json").is_file()
 
 
+@pytest.mark.parametrize("background", ["true", "false"])
 def test_every_checkpoint_is_exported_beside_the_run(
-    inputs: dict[str, Path], ranks: Any, tmp_path: Path
+    background: str, inputs: dict[str, Path], ranks: Any, tmp_path: Path
 ) -> None:
-    more = ["trainer.max_steps=3", "trainer.save_interval=2", "model.export_at_save=true"]
+    more = ["trainer.max_steps=3", "trainer.save_interval=2", "model.export_at_save=true",
+            f"trainer.checkpoint.async_save={background}"]  # fmt: skip
     assert ranks(2).run(
         job, arguments(inputs, tmp_path, *more, "model.tensor_model_parallel_size=2"), timeout=240
     ) == ["", ""]
@@ -475,19 +477,21 @@ def test_every_checkpoint_is_exported_beside_the_run(
     AutoTokenizer.from_pretrained(tmp_path / "exports" / "step_0000002")
 
 
+@pytest.mark.parametrize("background", ["true", "false"])
 def test_the_best_and_the_newest_checkpoints_are_kept(
-    inputs: dict[str, Path], ranks: Any, tmp_path: Path
+    background: str, inputs: dict[str, Path], ranks: Any, tmp_path: Path
 ) -> None:
     """The largest losses, so that they are not the newest ones; validated at each checkpoint, across a restart."""
     more = ["trainer.max_steps=8", "trainer.save_interval=1", "exp_manager.resume_if_exists=true",
             "trainer.checkpoint.save_top_k=2", "trainer.checkpoint.mode=max", "trainer.checkpoint.most_recent_k=2",
-            "model.export_at_save=true", "trainer.val_check_interval=0"]  # fmt: skip
+            "model.export_at_save=true", "trainer.val_check_interval=0",
+            f"trainer.checkpoint.async_save={background}"]  # fmt: skip
     overrides = arguments(inputs, tmp_path, *more)
     checkpoints = tmp_path / "checkpoints"
     assert ranks(2).run(job_killed_after, overrides, 5, tmp_path, timeout=240) == ["stopped", "stopped"]
-    (checkpoints / ".step_0000006.tmp").mkdir()
+    (checkpoints / ".step_0000006-abc").mkdir()
     # They outlive the run, but those that have not begun to read hold nothing yet.
-    wait_for(*(tmp_path / "exports" / f"step_000000{step}" for step in range(1, 6)))
+    wait_for(*(tmp_path / "exports" / path.name for path in checkpoints.glob("step_*")))
     assert ranks(2).run(job, overrides, timeout=240) == ["", ""]
     losses = {line["step"]: line["loss"] for line in metrics(tmp_path, "validation") if line["step"]}
     assert list(losses) == list(range(1, 9))

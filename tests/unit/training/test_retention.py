@@ -111,7 +111,7 @@ def test_what_an_export_reads_is_in_use(tmp_path: Path) -> None:
 
 def test_what_was_begun_and_not_ended_is_cleared(tmp_path: Path) -> None:
     saved(tmp_path, {8: 0.5, 12: 0.4})
-    for name in (".step_0000016.tmp", ".step_0000004.removed"):
+    for name in (".step_0000016-abc", ".step_0000004.removed"):
         (tmp_path / name / "deep").mkdir(parents=True)
     (tmp_path / "step_last").mkdir()
     remove_leftovers(tmp_path)
