@@ -89,6 +89,9 @@ class MpoConfig:
     partition: str = "mean"
     # cached (log-probs of the starting weights, computed once and kept on disk) | none; null: as the objective needs.
     reference: str | None = None
+    # Take cached log-probs only if they are those of this run's own rows to the last bit; false: any of the same
+    # weights, data and precision, from other layouts, batches, machines and versions too.
+    reference_exact: bool = True
     hyper_parameters: dict[str, Any] = field(default_factory=dict)
 
 
@@ -136,6 +139,21 @@ class DataConfig:
     # Leave groups without a preferred response out; null: if they say nothing to the objective.
     require_preferred: bool | None = None
     cache_dir: str = "~/.cache/mpo_megatron"  # tokenised data and reference log-probs
+    # Steps whose rows a thread plans, reads and packs ahead of the step that trains on them; 0: none, no thread.
+    prefetch_factor: int = 2
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """Steps of which some ranks take a profile, with NeMo's names: `model.profile` by torch's profiler, a trace of each
+    rank in the run's folder; `model.nsys_profile` for Nsight Systems, on GPUs.
+    """
+
+    enabled: bool = False  # of the two, one at a time
+    start_step: int = 10  # the first optimizer step of the profile, from 1; let some go before, to warm up
+    end_step: int = 10  # the last
+    ranks: tuple[int, ...] = (0,)  # of all the run's ranks
+    gen_shape: bool = False  # the shapes of what goes into each operation, too
 
 
 @dataclass(frozen=True)
@@ -177,6 +195,8 @@ class ModelConfig:
     mpo: MpoConfig = field(default_factory=MpoConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    nsys_profile: ProfileConfig = field(default_factory=ProfileConfig)
 
 
 @dataclass(frozen=True)
@@ -375,6 +395,7 @@ def _check(config: Config) -> None:
 
     _check_pipeline(model)
     _check_checkpoints(config)
+    _check_profile(model)
     if model.export_at_save and not trainer.save_interval and not trainer.save_at_end:
         raise ConfigError(
             "model.export_at_save=true exports every checkpoint and there will be none; set trainer.save_interval, "
@@ -408,6 +429,7 @@ def _check(config: Config) -> None:
     if not all(0 <= b < 1 for b in optim.betas):
         raise ConfigError(f"model.optim.betas={list(optim.betas)} must be in [0, 1)")
     _at_least("model.data.max_prompt_length", data.max_prompt_length, 1)
+    _at_least("model.data.prefetch_factor", data.prefetch_factor, 0)
     if data.max_length <= data.max_prompt_length:
         raise ConfigError(
             f"model.data.max_length={data.max_length} leaves no room for a response after a prompt of "
@@ -432,6 +454,19 @@ def _check_checkpoints(config: Config) -> None:
         raise ConfigError(
             "exp_manager.checkpoint_callback_params is of NeMo's callback, which this job does not use; set "
             "trainer.save_interval, and trainer.checkpoint.save_top_k, .monitor and .mode"
+        )
+
+
+def _check_profile(model: ModelConfig) -> None:
+    for name, window in (("model.profile", model.profile), ("model.nsys_profile", model.nsys_profile)):
+        _at_least(f"{name}.start_step", window.start_step, 1)
+        _at_least(f"{name}.end_step", window.end_step, window.start_step)
+        if not window.ranks or min(window.ranks) < 0:
+            raise ConfigError(f"{name}.ranks={list(window.ranks)} must name one rank or more, from 0")
+    if model.profile.enabled and model.nsys_profile.enabled:
+        raise ConfigError(
+            "model.profile and model.nsys_profile are both enabled, and a GPU reports to one profiler at a time; "
+            "disable one"
         )
 
 

@@ -74,7 +74,7 @@ def _default(value: ast.expr | None) -> str:
     if text.startswith("field("):
         return "{}"
     if not isinstance(value, ast.Constant):
-        return text.replace("(", "[").replace(")", "]")
+        return text.replace("(", "[").replace(",)", ")").replace(")", "]")
     if isinstance(value.value, str):
         return value.value or '""'
     return {"None": "null", "True": "true", "False": "false"}.get(text, text)

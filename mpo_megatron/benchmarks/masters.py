@@ -66,11 +66,12 @@ def run(wanted: Run) -> dict[str, float]:
     parameters = [parameter for chunk in job.chunks for parameter in unwrap(chunk).parameters()]
     before = [parameter.detach().clone() for parameter in parameters]
     random = torch.Generator().manual_seed(job.setup.config.trainer.seed)
-    for step in range(1, job.total_steps + 1):
-        train_step(job, step)
-        if wanted.stochastic:
-            for parameter in parameters:
-                parameter.data.copy_(stochastic_rounding(parameter.main_param, random))
+    with job.setup.train.source.steps(job.setup.train.steps) as steps:
+        for step in range(1, job.total_steps + 1):
+            train_step(job, step, steps)
+            if wanted.stochastic:
+                for parameter in parameters:
+                    parameter.data.copy_(stochastic_rounding(parameter.main_param, random))
     moved = sum(int((now != then).sum()) for now, then in zip(parameters, before, strict=True))
     return {
         **_held_out(job),
@@ -94,9 +95,9 @@ def _held_out(job: Job) -> dict[str, float]:
     assert split is not None
     for chunk in job.chunks:
         chunk.eval()
-    steps = (split.source.step(positions) for positions in split.steps)
-    size = int(split.dataset.response_offsets[-1])
-    logps, references = response_logps(job.chunks, steps, size, layout), job.references["validation"]
+    size, references = int(split.dataset.response_offsets[-1]), job.references["validation"]
+    with split.source.steps(split.steps) as steps:
+        logps = response_logps(job.chunks, steps, size, layout)
     numbers = np.concatenate(split.steps)
     groups = [split.dataset.group(int(number)) for number in numbers]
     responses = [len(group.response_ids) for group in groups]

@@ -1,7 +1,7 @@
 """The tensors of a row.
 
-Whatever the device needs to know of a row is made here, on the host, and goes there in one copy: tokens, and every
-index, count and cumulative length. After it the step asks the device for nothing until it has its metrics.
+Whatever the device needs to know of a row is made here, on the host, and goes there in one copy (`Staged`): tokens, and
+every index, count and cumulative length. After it the step asks the device for nothing until it has its metrics.
 
 Shapes: T packed tokens, N predicted tokens, R responses, G groups, A attention segments, all of this row.
 """
@@ -68,7 +68,7 @@ class PackedRow:
     """One micro-batch: whole groups, or parts of split groups, in one sequence.
 
     Under context parallelism a rank holds the tokens in `held`, and t = T / CP of them; without, t = T. Most index
-    tensors are int32: they live until the backward pass. All tensors are views of one buffer.
+    tensors are int32: they live until the backward pass.
 
     Attributes:
         row_tokens: T.

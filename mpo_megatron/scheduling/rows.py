@@ -3,8 +3,9 @@
 Shapes: S responses of the step's groups that need a first pass, in the order of the step, then of the group.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from mpo_megatron.data import Groups
 from mpo_megatron.ragged.groups import GroupIndex
-from mpo_megatron.ragged.transfer import to_device
+from mpo_megatron.ragged.transfer import Staged
+from mpo_megatron.scheduling.ahead import made_ahead
 from mpo_megatron.scheduling.layout import GroupLengths
 from mpo_megatron.scheduling.pack import PackedRow, concatenated, pack_row
 from mpo_megatron.scheduling.plan import (
@@ -93,6 +95,24 @@ class StepRows:
         return [iter(self.rows[:stop]) for _ in range(num_chunks)]
 
 
+@dataclass(frozen=True)
+class StagedStep:
+    """A step's rows on the host, ready to go to the device: each row in one copy, and the split groups in one.
+
+    Attributes:
+        counts: the step, without what the two others bring to it.
+    """
+
+    counts: StepRows
+    rows: list[Staged[PackedRow]]
+    split: Staged[SplitGroups] | None
+
+    def arrive(self) -> StepRows:
+        """The step with its tensors on the device, whose copies the host does not wait for."""
+        rows = [row.arrive() for row in self.rows]
+        return replace(self.counts, rows=rows, split=None if self.split is None else self.split.arrive())
+
+
 def group_lengths(dataset: Groups, position: int) -> GroupLengths:
     """Token counts of the group at `position` of a data set."""
     first, stop = dataset.response_offsets[position : position + 2]
@@ -116,6 +136,7 @@ class RowSource:
         context: (number of context-parallel ranks, this rank's place).
         pipeline: stages and model chunks on each, which set the number and lengths of rows.
         device: where the rows' tensors go.
+        prefetch: steps that `steps` makes ahead in a thread.
 
     Raises:
         ConfigError: a prompt with one of its responses is above the token budget.
@@ -134,6 +155,7 @@ class RowSource:
         context: tuple[int, int] = (1, 0),
         pipeline: Pipeline = NO_PIPELINE,
         device: torch.device | str = "cpu",
+        prefetch: int = 0,
     ) -> None:
         self.dataset = dataset
         self.max_tokens = max_tokens
@@ -144,7 +166,10 @@ class RowSource:
         self.data_parallel = data_parallel
         self.context = context
         self.pipeline = pipeline
-        self.device = device
+        self.device = torch.device(device)
+        self.prefetch = prefetch
+        # Names a part of the work for a profiler.
+        self.mark: Callable[[str], AbstractContextManager[Any]] = nullcontext
         # Now, rather than at the step that a group too long comes in.
         if len(dataset):
             prompts = np.repeat(dataset.prompt_lengths, np.diff(dataset.response_offsets))
@@ -189,7 +214,34 @@ class RowSource:
 
     def step(self, positions: Positions) -> StepRows:
         """This rank's rows of the step of the groups at `positions` of the data set."""
-        plan = self.plan(positions)
+        return self.stage(positions).arrive()
+
+    @contextmanager
+    def steps(self, steps: Iterable[Positions]) -> Iterator[Iterator[StepRows]]:
+        """`step` of each, in order; with `prefetch`, `stage` runs in a thread ahead of the steps that use the rows.
+
+        An error of `stage` is raised at its own step. No thread is left after the block.
+        """
+        with closing(made_ahead(self.stage, steps, self.prefetch, self._start_thread)) as staged:
+            yield (one.arrive() for one in staged)
+
+    def _start_thread(self) -> None:
+        """A thread begins on the first GPU, and would make a CUDA context there."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+
+    def stage(self, positions: Positions) -> StagedStep:
+        """What of `step` is the host's work: plan, read and pack. A thread may do it beside a step.
+
+        It draws no random numbers, calls no other rank, and asks nothing of the device.
+        """
+        with self.mark("plan"):
+            plan = self.plan(positions)
+        with self.mark("read and pack"):
+            return self._filled(positions, plan)
+
+    def _filled(self, positions: Positions, plan: StepPlan) -> StagedStep:
+        """This rank's rows of a plan."""
         twice = range(len(positions)) if self.global_batch else plan.split
         responses = [(group, k) for group in twice for k in range(self._size(int(positions[group])))]
         slots = {response: slot for slot, response in enumerate(responses)}
@@ -204,15 +256,21 @@ class RowSource:
             for row in rank_rows
             for part in row
         )
-        return StepRows(
-            rows,
+        counts = StepRows(
+            [],
             plan.longest_row,
             len(rows) if self.global_batch else plan.first_pass,
-            self._split_groups(twice, positions) if twice else None,
+            None,
             len(plan.split),
             len(positions),
             tokens,
             plan.padded_tokens,
+        )
+        split = self._split_groups(twice, positions) if twice else None
+        return StagedStep(
+            counts,
+            [Staged(row, self.device) for row in rows],
+            None if split is None else Staged(split, self.device),
         )
 
     def _pack(
@@ -241,14 +299,13 @@ class RowSource:
             # A split group counts where its first response lies, so that it counts once.
             counted_groups=sum(0 in part.responses for part in row),
             context=self.context,
-            device=self.device,
         )
 
     def _split_groups(self, twice: Sequence[int], positions: Positions) -> SplitGroups:
         groups = [self.dataset.group(int(positions[i])) for i in twice]
         offsets = [int(self.dataset.response_offsets[int(positions[i])]) for i in twice]
         sizes = [len(group.response_ids) for group in groups]
-        split = SplitGroups(
+        return SplitGroups(
             response_ids=concatenated(
                 [np.arange(o, o + n) for o, n in zip(offsets, sizes, strict=True)], torch.int64
             ),
@@ -257,4 +314,3 @@ class RowSource:
             preferred=concatenated([g.preferred for g in groups], torch.bool),
             index=GroupIndex.of(sizes),
         )
-        return to_device(split, self.device)

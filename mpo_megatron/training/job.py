@@ -1,6 +1,8 @@
 """A job before its first step: experiment, model, optimizer, reference log-probs; resumed where it was left."""
 
 import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +31,9 @@ from mpo_megatron.training.movement import WeightSample
 from mpo_megatron.training.nodes import check_shared
 from mpo_megatron.training.optimizer import build_optimizer, build_schedule, wrap_data_parallel
 from mpo_megatron.training.optimizer_state import BUCKETS, WHOLE
-from mpo_megatron.training.reference import cache_path, reference_key, reference_logps
+from mpo_megatron.training.rank_times import RankTimes
+from mpo_megatron.training.reference import reference_logps
+from mpo_megatron.training.reference_cache import reference_cache
 from mpo_megatron.training.report import progress, say
 from mpo_megatron.training.setup import Setup, Split
 from mpo_megatron.training.throughput import Throughput, expectation, measure
@@ -52,7 +56,10 @@ class Job:
     sample: WeightSample | None  # of bf16 weights
     throughput: Throughput
     writer: CheckpointWriter
+    times: RankTimes
     exports: BackgroundExports = field(default_factory=BackgroundExports)  # used on rank 0
+    # Names a part of a step for a profiler; see `profiling`.
+    mark: Callable[[str], AbstractContextManager[Any]] = nullcontext
 
     @property
     def total_steps(self) -> int:
@@ -87,11 +94,14 @@ def build_job(setup: Setup) -> Job:
     schedule = build_schedule(optimizer, config.model.optim, len(setup.train.steps))
     splits = [setup.train] + ([setup.validation] if setup.validation else [])
     references = {split.name: _reference(split, chunks, setup) for split in splits}
+    times = RankTimes(chunks, layout)
     sample = WeightSample([unwrap(chunk) for chunk in chunks]) if options.dtype == torch.bfloat16 else None
     rule = config.trainer.checkpoint
     form = WHOLE if rule.dist_ckpt_optim_fully_reshardable else BUCKETS
     writer = CheckpointWriter(folder / CHECKPOINTS, layout, form, asynchronous=rule.async_save)
-    return Job(setup, chunks, optimizer, schedule, references, experiment, folder, sample, throughput, writer)
+    return Job(
+        setup, chunks, optimizer, schedule, references, experiment, folder, sample, throughput, writer, times
+    )
 
 
 def _load_weights(chunks: list[Any], setup: Setup) -> None:
@@ -201,9 +211,9 @@ def _reference(split: Split, chunks: list[Any], setup: Setup) -> Tensor:
         size = int(split.dataset.response_offsets[-1])
         return torch.full((size,), torch.nan, device=setup.layout.device)
     steps = split.steps[: setup.steps_per_epoch] if split.name == "train" else split.steps
-    path = cache_path(setup.config.model.data.cache_dir, reference_key(split, steps, setup))
+    cache = reference_cache(split, steps, setup)
     bar = progress(f"reference, {split.name}", "step", setup.layout.is_main)
-    return reference_logps(chunks, split.source, steps, setup.layout, path, bar)
+    return reference_logps(chunks, split.source, steps, setup.layout, cache, bar)
 
 
 def resume(job: Job) -> int:

@@ -31,6 +31,7 @@ from mpo_megatron.scheduling.plan import Pipeline
 from mpo_megatron.scheduling.rows import RowSource
 from mpo_megatron.training.data import open_data, selection_of
 from mpo_megatron.training.nodes import check_same_job, check_same_model
+from mpo_megatron.training.profiling import check_profile
 
 DTYPES = {"bf16": torch.bfloat16, "32": torch.float32}
 EXPORT_DTYPES = {None: None, "bf16": torch.bfloat16, "float32": torch.float32}
@@ -113,6 +114,7 @@ def prepare(config: Config) -> Setup:
     total = (
         config.trainer.max_steps if config.trainer.max_steps != -1 else per_epoch * config.trainer.max_epochs
     )
+    check_profile(config, layout, total)
     seed, batch = config.trainer.seed, model.global_batch_size
     train_steps = [step_groups(step, len(train_data), batch, seed) for step in range(total)]
     train_rows = _rows(train_data, config, architecture, layout, entry, options.fp8)
@@ -308,4 +310,5 @@ def _rows(
         context=(layout.cp, layout.cp_rank),
         pipeline=Pipeline(layout.pp, layout.vpp),
         device=layout.device,
+        prefetch=config.model.data.prefetch_factor,
     )

@@ -30,6 +30,7 @@ from mpo_megatron.objectives.registry import GroupBatch, Objective
 from mpo_megatron.runtime.parallel import ParallelLayout
 from mpo_megatron.scheduling.pack import PackedRow
 from mpo_megatron.scheduling.rows import SplitGroups, StepRows
+from mpo_megatron.training.rank_times import RankTimes
 
 # What a row gives: from the last stage's output [1, R, 1], (loss to differentiate, count, values to keep).
 RowLoss = Callable[[PackedRow, Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
@@ -209,12 +210,18 @@ def objective_pass(
     layout: ParallelLayout,
     *,
     forward_only: bool,
+    times: RankTimes | None = None,
 ) -> dict[str, float]:
     """Forward (and backward) of a whole step; gradients stay in the parameters' main_grad. Every rank calls it.
 
+    Args:
+        times: of training steps, what measures the ranks.
+
     Returns:
-        Mean of each of METRICS over the global step's groups, the same on all ranks.
+        Mean of each of METRICS over the global step's groups, the same on all ranks; from the second step on with what
+        `times` says of the step before.
     """
+    seconds = None
     if forward_only:
         row_loss = objective_loss(objective, reference_logps)
         kept = run_schedule(chunks, step, row_loss, forward_only=True)
@@ -222,8 +229,10 @@ def objective_pass(
     else:
         split = first_pass(chunks, step, objective, reference_logps, layout)
         row_loss = objective_loss(objective, reference_logps, split)
+        seconds = None if times is None else times.begin()
         kept = run_schedule(chunks, step, row_loss, forward_only=False)
-    return mean_metrics(kept, split, step, layout)
+    means, of_ranks = _means_and_seconds(kept, split, step, layout, seconds or 0.0)
+    return means if times is None or seconds is None else means | times.add(of_ranks)
 
 
 def mean_metrics(
@@ -235,12 +244,28 @@ def mean_metrics(
         kept: what the schedule returned with `objective_loss`.
         split: what `first_pass` returned.
     """
-    sums = torch.zeros(len(METRICS), dtype=torch.float64, device=layout.device)
+    means, _ = _means_and_seconds(kept, split, step, layout, 0.0)
+    return means
+
+
+def _means_and_seconds(
+    kept: list[dict[str, Tensor]],
+    split: SplitLoss | None,
+    step: StepRows,
+    layout: ParallelLayout,
+    seconds: float,
+) -> tuple[dict[str, float], list[float]]:
+    """(`mean_metrics`, `seconds` of every rank)."""
+    sums = torch.zeros(len(METRICS) + layout.world_size, dtype=torch.float64, device=layout.device)
+    metrics, of_ranks = sums[: len(METRICS)], sums[len(METRICS) :]
+    of_ranks[layout.rank].fill_(seconds)
     if layout.speaks_for_replica:
         for values in kept:
             if "sums" in values:
-                sums += values["sums"]
+                metrics += values["sums"]
         if split is not None and layout.dp_rank == 0:  # every replica has the same
-            sums += split.sums
+            metrics += split.sums
     dist.all_reduce(sums)
-    return dict(zip(METRICS, (sums / max(step.groups, 1)).tolist(), strict=True))
+    found = sums.tolist()
+    means = {name: total / max(step.groups, 1) for name, total in zip(METRICS, found, strict=False)}
+    return means, found[len(METRICS) :]

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from mpo_megatron.training.checkpoint import all_checkpoints
 from mpo_megatron.training.experiment import CHECKPOINTS
 from mpo_megatron.training.job import IDENTITY_FILE, Job, build_job, identity, resume, start_masters
 from mpo_megatron.training.masters import master_values
+from mpo_megatron.training.profiling import ProfileWindow
 from mpo_megatron.training.report import TrainingBar, before_after, plot_run, progress, say
 from mpo_megatron.training.retention import VALIDATION_FILE, remove_superfluous
 from mpo_megatron.training.setup import EXPORT_DTYPES, Setup, prepare
@@ -57,39 +59,50 @@ def run_steps(job: Job, start: int) -> None:
     if 0 < val_every < 1:
         val_every = max(1, round(val_every * job.setup.steps_per_epoch))
     bar = TrainingBar(job.total_steps, start, shown=job.is_main)
-    for step in range(start + 1, job.total_steps + 1):
-        values = train_step(job, step)
-        bar.advance(values)
-        complete_save(job, wait=False)
-        last = step == job.total_steps
-        saves = (last and trainer.save_at_end) or (
-            trainer.save_interval and step % trainer.save_interval == 0
-        )
-        if step % trainer.log_every_n_steps == 0 or last:
-            job.log(step, "train", values)
-        metrics: dict[str, float] = {}
-        is_compared = saves and trainer.checkpoint.save_top_k != -1
-        if last or is_compared or (val_every and step % int(val_every) == 0):
-            metrics = validate(job, step)
-        if saves:
-            save(job, step, metrics)
+    with job.setup.train.source.steps(job.setup.train.steps[start:]) as steps, ProfileWindow(job) as window:
+        for step in range(start + 1, job.total_steps + 1):
+            with window.step(step):
+                values = train_step(job, step, steps)
+            bar.advance(values)
+            complete_save(job, wait=False)
+            last = step == job.total_steps
+            saves = (last and trainer.save_at_end) or (
+                trainer.save_interval and step % trainer.save_interval == 0
+            )
+            if step % trainer.log_every_n_steps == 0 or last:
+                job.log(step, "train", values)
+            metrics: dict[str, float] = {}
+            is_compared = saves and trainer.checkpoint.save_top_k != -1
+            if last or is_compared or (val_every and step % int(val_every) == 0):
+                metrics = validate(job, step)
+            if saves:
+                save(job, step, metrics)
     bar.close()
 
 
-def train_step(job: Job, step: int) -> dict[str, float]:
-    """Optimizer step number `step` (from 1): rows, forward and backward, finite check, update. Returns its metrics."""
+def train_step(job: Job, step: int, steps: Iterator[StepRows]) -> dict[str, float]:
+    """Optimizer step number `step` (from 1): rows, forward and backward, finite check, update. Returns its metrics.
+
+    Args:
+        steps: gives the step's rows next.
+    """
     setup, began = job.setup, time.perf_counter()
-    rows = setup.train.source.step(setup.train.steps[step - 1])
+    with job.mark("rows"):
+        rows = next(steps)
+    waited = time.perf_counter() - began
     for chunk in job.chunks:
         chunk.train()
         chunk.zero_grad_buffer()
     job.optimizer.zero_grad()
     references = job.references["train"]
-    values = objective_pass(job.chunks, rows, setup.objective, references, setup.layout, forward_only=False)
+    values = objective_pass(
+        job.chunks, rows, setup.objective, references, setup.layout, forward_only=False, times=job.times
+    )
     _check_finite("loss", values["loss"], step, setup, rows)
     values["lr"] = job.optimizer.param_groups[0]["lr"]
     before = None if job.sample is None else job.sample.values()
-    _, norm, _ = job.optimizer.step()
+    with job.mark("optimizer"):
+        _, norm, _ = job.optimizer.step()
     # With Transformer Engine's kernels a tensor on the device, in Megatron-core 0.19.
     values["grad_norm"] = float(norm)
     if job.sample is not None and before is not None:
@@ -105,6 +118,7 @@ def train_step(job: Job, step: int) -> dict[str, float]:
         "fill": rows.fill,
         "split_groups": rows.split_groups,
         "seconds": seconds,
+        "data_seconds": waited,
         **job.throughput.of_step(setup.train.steps[step - 1], seconds),
     }
 
@@ -128,11 +142,14 @@ def validate(job: Job, step: int) -> dict[str, float]:
         chunk.eval()
     sums: dict[str, float] = {}
     groups = 0
-    for positions in progress("validation", "step", layout.is_main)(split.steps):
-        rows = split.source.step(positions)
-        values = objective_pass(job.chunks, rows, job.setup.objective, references, layout, forward_only=True)
-        sums = {name: sums.get(name, 0.0) + value * rows.groups for name, value in values.items()}
-        groups += rows.groups
+    bar = progress("validation", "step", layout.is_main)
+    with split.source.steps(split.steps) as steps:
+        for _, rows in zip(bar(split.steps), steps, strict=True):
+            values = objective_pass(
+                job.chunks, rows, job.setup.objective, references, layout, forward_only=True
+            )
+            sums = {name: sums.get(name, 0.0) + value * rows.groups for name, value in values.items()}
+            groups += rows.groups
     means = {name: value / groups for name, value in sums.items()}
     job.log(step, "validation", means)
     return means
@@ -200,6 +217,8 @@ def finish(job: Job) -> None:
     if len(validations) > 1:
         groups = sum(len(step) for step in job.setup.validation.steps) if job.setup.validation else 0
         before_after(validations[0], validations[-1], f"validation, {groups} groups")
+    if (line := job.times.summary()) is not None:
+        say(line)
     say(f"metrics     {job.folder / 'metrics.jsonl'}")
     say(f"picture     {job.folder / 'training.png'}")
     if output != "":

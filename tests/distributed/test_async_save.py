@@ -207,10 +207,10 @@ def job_with_error_at(overrides: list[str], number: int) -> str:
 
     ordinary = trainer.train_step
 
-    def erring(current: Any, step: int) -> dict[str, float]:
+    def erring(current: Any, step: int, *more: Any) -> dict[str, float]:
         if step == number:
             raise UserError("enough")
-        return ordinary(current, step)
+        return ordinary(current, step, *more)
 
     trainer.train_step = erring  # type: ignore[assignment]
     try:

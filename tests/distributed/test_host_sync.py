@@ -17,6 +17,7 @@ import torch
 from mpo_megatron.objectives.metrics import group_metrics
 from mpo_megatron.objectives.registry import GroupBatch, Objective, ObjectiveResult
 from mpo_megatron.training import step
+from mpo_megatron.training.rank_times import RankTimes
 from tests.distributed.jobs import Layout, build, logps, objective_named, step_for
 from tests.helpers.host_sync import Wait, watch
 from tests.helpers.models import make_llama
@@ -56,8 +57,14 @@ def waits_of_a_step(
         objective = _with_an_item(objective)
     elif fault == "mask in the metrics":
         metrics = _with_a_mask
+    times = RankTimes(model.chunks, model.layout)
+    times.begin()  # a step before, whose time goes with the metrics
+    times.end()
     with mock.patch.object(step, "group_metrics", metrics), watch() as found:
-        step.objective_pass(model.chunks, rows, objective, reference, model.layout, forward_only=forward_only)
+        values = step.objective_pass(
+            model.chunks, rows, objective, reference, model.layout, forward_only=forward_only, times=times
+        )
+    assert ("slowest_rank" in values) != forward_only
     return found
 
 
@@ -77,7 +84,7 @@ def _with_a_mask(batch: GroupBatch, result: ObjectiveResult) -> torch.Tensor:
 def before_the_transfer(found: list[Wait]) -> list[Wait]:
     """What waits before the one transfer of the metrics to the host, with which the step ends."""
     *others, last = found
-    assert (last.what, last.function) == ("tolist", "mean_metrics")
+    assert (last.what, last.function) == ("tolist", "_means_and_seconds")
     assert sum(wait.function == "finalize_model_grads" for wait in others) <= 1
     return [wait for wait in others if (wait.what, wait.function) not in MEGATRONS]
 

@@ -22,7 +22,7 @@ from mpo_megatron.model.provider import ModelOptions, build_model, unwrap
 from mpo_megatron.runtime.device import choose_device
 from mpo_megatron.runtime.parallel import ParallelLayout, initialize
 from tests.distributed.jobs import Layout
-from tests.helpers.models import make_llama
+from tests.helpers.models import make_llama, make_model
 
 
 @dataclass
@@ -35,7 +35,9 @@ class Loaded:
 
 def load(folder: Path, readers_folder: Path, wanted: Layout) -> Loaded:
     """Fill a model whose memory holds NaN; the first replica is given `readers_folder`, the others `folder`."""
-    layout = initialize(choose_device("cpu"), tp=wanted.tp, pp=wanted.pp, vpp=wanted.vpp, cp=wanted.cp)
+    layout = initialize(
+        choose_device("cpu"), tp=wanted.tp, pp=wanted.pp, vpp=wanted.vpp, cp=wanted.cp, ep=wanted.ep
+    )
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     architecture = read_architecture(folder)
     chunks = build_model(architecture, layout, ModelOptions(dtype=wanted.precision))
@@ -48,6 +50,33 @@ def load(folder: Path, readers_folder: Path, wanted: Layout) -> Loaded:
     reads = layout.dp_rank == layout.cp_rank == 0
     load_hf_weights(models, architecture, layout, readers_folder if reads else folder)
     return Loaded(replace(layout, control=None), parameters)  # a process group stays in its process
+
+
+class CountingSlice:
+    """A safetensors slice that adds up the bytes that are read of it."""
+
+    def __init__(self, inner: Any, counts: list[int]) -> None:
+        self.inner, self.counts = inner, counts
+        self.get_shape = inner.get_shape
+
+    def __getitem__(self, key: Any) -> Tensor:
+        values: Tensor = self.inner[key]
+        self.counts.append(values.nbytes)
+        return values
+
+
+def load_and_count(folder: Path, wanted: Layout) -> tuple[Loaded, int]:
+    """Fill a model of the folder. Returns what it holds and the bytes of weights that this rank has read."""
+    slices, counts = WeightReader.slices, list[int]()
+
+    def counting(reader: WeightReader, names: Sequence[str]) -> list[Any]:
+        return [CountingSlice(one, counts) for one in slices(reader, names)]
+
+    WeightReader.slices = counting  # type: ignore[assignment,method-assign]
+    try:
+        return load(folder, folder, wanted), sum(counts)
+    finally:
+        WeightReader.slices = slices  # type: ignore[method-assign]
 
 
 def load_error(folder: Path, wanted: Layout) -> str:
@@ -110,6 +139,36 @@ def test_the_first_replica_reads_for_all(world: int, layout: Layout, ranks: Any,
     assert sum(loaded.layout.dp_rank == loaded.layout.cp_rank == 0 for loaded in found) < world
     for loaded in found:
         assert_filled(loaded, weights, folder, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("family", "world", "layout", "readers"),
+    [
+        ("llama", 2, Layout(), [0]),
+        ("llama", 4, Layout(cp=2), [0]),
+        ("llama", 4, Layout(tp=2), [0, 1]),
+        ("llama", 4, Layout(pp=2), [0, 2]),
+        # Each of two ranks has half of the experts; the first has all else.
+        ("qwen3_moe", 4, Layout(ep=2), [0, 1]),
+    ],
+    ids=["dp2", "cp2-dp2", "tp2-dp2", "pp2-dp2", "ep2-edp2"],
+)
+def test_each_byte_is_read_by_one_rank(
+    family: str, world: int, layout: Layout, readers: list[int], ranks: Any, tmp_path: Path
+) -> None:
+    """What tensor-parallel ranks hold whole, the norms, each of them reads."""
+    folder = make_model(tmp_path / "model", family, tie_word_embeddings=False)
+    weights = load_file(folder / SINGLE)
+    found: list[tuple[Loaded, int]] = ranks(world).run(load_and_count, folder, layout)
+    for loaded, _ in found:
+        assert_filled(loaded, weights, folder, torch.float32)
+    assert [rank for rank, (_, read) in enumerate(found) if read] == readers
+    whole = sum(tensor.nbytes for tensor in weights.values())
+    norms = sum(tensor.nbytes for name, tensor in weights.items() if "norm" in name)
+    assert sum(read for _, read in found) == whole + (layout.tp - 1) * norms
+    if family == "qwen3_moe":
+        experts = sum(tensor.nbytes for name, tensor in weights.items() if ".experts." in name)
+        assert [read for _, read in found] == [whole - experts // 2, experts // 2, 0, 0]
 
 
 @pytest.mark.parametrize("target", [torch.float32, torch.bfloat16, torch.float64], ids=str)

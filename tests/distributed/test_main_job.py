@@ -1,6 +1,7 @@
 """The main job, whole, on a small model: layouts agree, step 0 is exact, a run resumes, wrong input is one sentence."""
 
 import contextlib
+import gzip
 import io
 import json
 import math
@@ -9,7 +10,9 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mpo_megatron.errors import UserError
+from mpo_megatron.scheduling.rows import RowSource
 from tests.helpers.models import make_llama
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -91,7 +95,18 @@ def metrics(folder: Path, split: str = "train") -> list[dict[str, Any]]:
 
 def exact(folder: Path, split: str = "train") -> list[dict[str, Any]]:
     """The same without what a clock says, and what memory the process has had: what two runs can have in common."""
-    measured = {"groups_per_second", "tokens_per_second", "seconds", "tflops", "mfu", "peak_memory"}
+    measured = {
+        "groups_per_second",
+        "tokens_per_second",
+        "seconds",
+        "data_seconds",
+        "rank_seconds",
+        "rank_spread",
+        "slowest_rank",
+        "tflops",
+        "mfu",
+        "peak_memory",
+    }
     return [{key: line[key] for key in line.keys() - measured} for line in metrics(folder, split)]
 
 
@@ -266,10 +281,10 @@ def job_killed_after(overrides: list[str], steps: int, lines: Path) -> str:
 
     step = trainer.train_step
 
-    def counted(current: Any, number: int) -> dict[str, float]:
+    def counted(current: Any, number: int, *more: Any) -> dict[str, float]:
         if number > steps:
             raise Crash
-        return step(current, number)
+        return step(current, number, *more)
 
     trainer.train_step = counted  # type: ignore[assignment]
     try:
@@ -288,11 +303,188 @@ def wait_for(*paths: Path) -> None:
         time.sleep(0.1)
 
 
+def job_that_waits_for_the_next_reading(overrides: list[str]) -> tuple[str, int]:
+    """Run the job where a training step of each rank ends when another thread has read the next step's groups.
+
+    Returns:
+        (the user's error or nothing, the steps that have waited)
+    """
+    from mpo_megatron.training import trainer
+
+    read: dict[int, threading.Event] = {}
+    stage, step, waited = RowSource.stage, trainer.train_step, []
+
+    def staged(source: RowSource, positions: Any) -> Any:
+        found = stage(source, positions)
+        assert threading.current_thread() is not threading.main_thread()
+        read.setdefault(positions.tobytes(), threading.Event()).set()
+        return found
+
+    def waiting(current: Any, number: int, *more: Any) -> dict[str, float]:
+        values = step(current, number, *more)
+        if number < current.total_steps:
+            following = current.setup.train.steps[number].tobytes()
+            assert read.setdefault(following, threading.Event()).wait(60)
+            waited.append(number)
+        return values
+
+    RowSource.stage, trainer.train_step = staged, waiting  # type: ignore[method-assign,assignment]
+    try:
+        return job(overrides), len(waited)
+    finally:
+        RowSource.stage, trainer.train_step = stage, step  # type: ignore[method-assign]
+
+
+def test_the_next_steps_groups_are_read_during_a_step(
+    inputs: dict[str, Path], ranks: Any, tmp_path: Path
+) -> None:
+    """With no thread the first step would wait in vain."""
+    more = ["trainer.max_steps=4", "trainer.val_check_interval=2", "model.data.prefetch_factor=1"]
+    found = ranks(2).run(job_that_waits_for_the_next_reading, arguments(inputs, tmp_path, *more), timeout=240)
+    assert found == [("", 3)] * 2
+
+
+@pytest.mark.parametrize(
+    ("world", "more"),
+    [(2, []), (2, ["model.pipeline_model_parallel_size=2"]), (2, ["model.max_tokens_per_micro_batch=48"])],
+    ids=["dp2", "pp2", "split groups"],
+)
+def test_rows_made_ahead_train_as_rows_made_in_the_step(
+    world: int, more: list[str], inputs: dict[str, Path], ranks: Any, tmp_path: Path
+) -> None:
+    """To the last bit: reference, training, validation and the weights at the end."""
+    for ahead in (0, 2):
+        own = [*more, "trainer.max_steps=6", "trainer.val_check_interval=3",
+               f"model.data.cache_dir={tmp_path / 'cache'}", f"model.data.prefetch_factor={ahead}"]  # fmt: skip
+        shutil.rmtree(tmp_path / "cache" / "reference", ignore_errors=True)
+        overrides = arguments(inputs, tmp_path / str(ahead), *own)
+        assert ranks(world).run(job, overrides, timeout=240) == [""] * world
+    for split in ("train", "validation"):
+        assert exact(tmp_path / "0", split) == exact(tmp_path / "2", split)
+    ours, theirs = (load_file(tmp_path / name / "hf" / "model.safetensors") for name in ("2", "0"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 def printed(overrides: list[str]) -> str:
     """Run the job. Returns what this rank has printed."""
     with contextlib.redirect_stdout(io.StringIO()) as output:
         assert job(overrides) == ""
     return output.getvalue()
+
+
+def job_with_a_cache_of_each_rank(overrides: list[str], cache: Path, stop: int = -1) -> tuple[str, int, str]:
+    """Run the job with another cache folder on each rank, as nodes without shared storage have.
+
+    Args:
+        stop: steps of the reference passes after which the job is stopped by an exception, as by a crash; -1: none.
+
+    Returns:
+        (the user's error or nothing, reference steps that this rank has computed, what it has printed)
+    """
+    from mpo_megatron.training import reference
+
+    class Crash(Exception):
+        pass
+
+    response_logps, steps = reference.response_logps, 0
+
+    def counted(*args: Any) -> torch.Tensor:
+        nonlocal steps
+        if steps == stop:
+            raise Crash
+        steps += 1
+        return response_logps(*args)
+
+    reference.response_logps = counted  # type: ignore[assignment]
+    error = "stopped"
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.suppress(Crash):
+            error = job([*overrides, f"model.data.cache_dir={cache / os.environ['RANK']}"])
+    finally:
+        reference.response_logps = response_logps
+    return error, steps, output.getvalue()
+
+
+def cached_logps(cache: Path) -> dict[str, bytes]:
+    """Of rank 0, by the files' names."""
+    return {
+        path.name: path.read_bytes() for path in (cache / "0" / "reference").rglob("*.*") if path.is_file()
+    }
+
+
+def test_a_reference_pass_that_was_stopped_goes_on(
+    inputs: dict[str, Path], ranks: Any, tmp_path: Path
+) -> None:
+    """Five training steps and two of validation, on ranks that do not see each other's cache; stopped after three."""
+    more = ["model.pipeline_model_parallel_size=2", "model.global_batch_size=8", "trainer.max_steps=5",
+            "trainer.save_at_end=false"]  # fmt: skip
+    broken, straight = tmp_path / "broken", tmp_path / "straight"
+    overrides = arguments(inputs, tmp_path / "run", *more)
+    stopped = ranks(2).run(job_with_a_cache_of_each_rank, overrides, broken, 3, timeout=240)
+    assert [found[:2] for found in stopped] == [("stopped", 3)] * 2
+    (name,) = cached_logps(broken)
+    assert name.endswith(".journal")
+    resumed = ranks(2).run(job_with_a_cache_of_each_rank, overrides, broken, timeout=240)
+    assert [found[:2] for found in resumed] == [("", 2 + 2)] * 2
+    assert "reference   train: goes on after 3 of 5 steps" in resumed[0][2]
+    overrides = arguments(inputs, tmp_path / "other", *more)
+    unbroken = ranks(2).run(job_with_a_cache_of_each_rank, overrides, straight, timeout=240)
+    assert [found[:2] for found in unbroken] == [("", 5 + 2)] * 2
+    assert cached_logps(broken) == cached_logps(straight)
+    assert len(cached_logps(broken)) == 2
+    assert not (broken / "1" / "reference").exists()
+    assert exact(tmp_path / "run") == exact(tmp_path / "other")
+    assert metrics(tmp_path / "run")[0]["reward_margin"] == 0.0
+
+
+def test_a_reference_of_other_rows_does_where_exactness_is_not_asked_for(
+    inputs: dict[str, Path], ranks: Any, tmp_path: Path
+) -> None:
+    """Two steps of 8 groups at one layout; then five at another, in rows of another length: three are computed."""
+    more = ["model.global_batch_size=8", "trainer.save_at_end=false", "model.data.validation=null"]
+    first = arguments(inputs, tmp_path / "first", *more, "trainer.max_steps=2")
+    ((error, steps, _),) = ranks(1).run(job_with_a_cache_of_each_rank, first, tmp_path / "cache", timeout=240)
+    assert (error, steps) == ("", 2)
+    more += ["trainer.max_steps=5", "model.max_tokens_per_micro_batch=200"]
+    for exactly, computed in (("false", 3), ("true", 5)):
+        overrides = arguments(inputs, tmp_path / exactly, *more, f"model.mpo.reference_exact={exactly}")
+        found = ranks(2).run(job_with_a_cache_of_each_rank, overrides, tmp_path / "cache", timeout=240)
+        assert [one[:2] for one in found] == [("", computed)] * 2
+        assert ("margins at step 0 need not be exactly 0" in found[0][2]) == (exactly == "false")
+    loose, strict = metrics(tmp_path / "false"), metrics(tmp_path / "true")
+    assert loose[0]["reward_margin"] == pytest.approx(0, abs=1e-5)
+    assert strict[0]["reward_margin"] == 0.0
+    assert [line["loss"] for line in loose] == pytest.approx([line["loss"] for line in strict], abs=1e-4)
+
+
+def traced(folder: Path, rank: int) -> dict[str, int]:
+    """How often each range and operation is in a rank's trace."""
+    (path,) = (folder / "profile").glob(f"rank{rank}_*.json.gz")
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    return Counter(event["name"] for event in events if event.get("cat") in ("user_annotation", "cpu_op"))
+
+
+def test_a_profile_shows_the_parts_of_its_steps(inputs: dict[str, Path], ranks: Any, tmp_path: Path) -> None:
+    """A trace of steps 2 and 3 on the last of two pipeline stages; the numbers are those without it."""
+    more = ["model.pipeline_model_parallel_size=2", "trainer.max_steps=5", "model.data.validation=null",
+            "model.global_batch_size=16"]  # fmt: skip
+    window = ["model.profile.enabled=true", "model.profile.start_step=2", "model.profile.end_step=3",
+              "model.profile.ranks=[1]"]  # fmt: skip
+    first, second = ranks(2).run(printed, arguments(inputs, tmp_path / "with", *more, *window), timeout=240)
+    assert f"profile     of ranks 1 in {tmp_path / 'with' / 'profile'}" in first
+    assert second == ""
+    assert [path.name for path in (tmp_path / "with" / "profile").iterdir()] == ["rank1_steps2-3.json.gz"]
+    found, steps = traced(tmp_path / "with", 1), metrics(tmp_path / "with")
+    rows = int(steps[1]["rows"] + steps[2]["rows"])
+    once_a_step = {"rows", "optimizer", "forward-backward", "all-grads-sync", "optimizer-inner-step"}
+    assert {name: found[name] for name in once_a_step} == dict.fromkeys(once_a_step, 2)
+    assert (found["step 1"], found["step 2"], found["step 3"], found["step 4"]) == (0, 1, 1, 0)
+    assert (found["forward-compute"], found["backward-compute"]) == (rows, rows)
+    assert found["plan"] == found["read and pack"] > 0  # by another thread
+    assert found["aten::mm"] > rows
+    assert ranks(2).run(job, arguments(inputs, tmp_path / "without", *more), timeout=240) == ["", ""]
+    assert not (tmp_path / "without" / "profile").exists()
+    assert exact(tmp_path / "with") == exact(tmp_path / "without")
 
 
 def test_bars_show_on_rank_0(inputs: dict[str, Path], ranks: Any, tmp_path: Path) -> None:
@@ -517,6 +709,9 @@ def test_the_best_and_the_newest_checkpoints_are_kept(
         ("model.mpo.reference=none", "model.mpo.reference=none: the objective wmpo compares with a reference"),
         ("model.mpo.partition=modus", "modus"),
         ("model.max_tokens_per_micro_batch=16", "model.max_tokens_per_micro_batch=16 is less than"),
+        ("model.profile={enabled: true, ranks: [1]}", "model.profile.ranks=[1] are numbers from 0 to 0"),
+        ("model.profile={enabled: true, end_step: 12}", "model.profile.end_step=12 is after the last of the run's 10"),
+        ("model.nsys_profile.enabled=true", "model.nsys_profile.enabled=true is for Nsight Systems, on a GPU"),
         ("trainer.devices=3", "is not the 1 ranks that torchrun started"),
         ("model.data.max_length=4096", "is above the model's max_position_embeddings=512"),
     ],

@@ -126,6 +126,14 @@ def test_sequence_parallelism_comes_with_tensor_parallelism() -> None:
             "exp_manager.checkpoint_callback_params.save_top_k=3",
             "set trainer.save_interval, and trainer.checkpoint.save_top_k, .monitor and .mode",
         ),
+        ("model.data.prefetch_factor=-1", "model.data.prefetch_factor=-1 must be 0 or more"),
+        ("model.profile.start_step=0", "model.profile.start_step=0 must be 1 or more"),
+        ("model.nsys_profile.end_step=9", "model.nsys_profile.end_step=9 must be 10 or more"),
+        ("model.profile.ranks=[]", "model.profile.ranks=[] must name one rank or more"),
+        (
+            ["model.profile.enabled=true", "model.nsys_profile.enabled=true"],
+            "are both enabled, and a GPU reports to one profiler at a time",
+        ),
         ("model.restore_from_path=???", "model.restore_from_path has no value"),
         ("model.optim.betas=[0.9,1.0]", "must be in [0, 1)"),
         ("model.optim.sched.min_lr=1", "is above model.optim.lr"),
@@ -173,7 +181,7 @@ def test_hyper_parameters_stand_beside_the_keys_of_the_section() -> None:
     written = as_yaml(config)
     assert written["model"]["mpo"] == {
         "objective": "simpo", "sft_weight": 0.0, "partition": "mean", "reference": None,
-        "beta": 2, "gamma": 0.5, "alpha": None,
+        "reference_exact": True, "beta": 2, "gamma": 0.5, "alpha": None,
     }  # fmt: skip
     again = OmegaConf.create(yaml.safe_load(yaml.safe_dump(written)))
     assert isinstance(again, DictConfig)

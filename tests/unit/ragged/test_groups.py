@@ -6,7 +6,7 @@ import torch
 
 from mpo_megatron.ragged.groups import GroupIndex
 from mpo_megatron.ragged.segments import Segments
-from mpo_megatron.ragged.transfer import to_device
+from mpo_megatron.ragged.transfer import gathered, scattered, to_device
 
 
 def test_pairs_are_those_of_each_group() -> None:
@@ -39,7 +39,7 @@ def test_a_record_moves_in_one_copy() -> None:
     segments = Segments.of([1, 0, 1], 2)
     numbers = torch.arange(6, dtype=torch.float64).view(2, 3)
     record = Record("a", torch.tensor([True, False, True]), segments, None, numbers)
-    moved = to_device(record, "cpu")
+    moved = scattered(gathered(record, pin_memory=False), record)
     assert (moved.name, moved.none) == ("a", None)
     assert isinstance(moved.segments.order, torch.Tensor)
     found = (moved.flags, moved.numbers, moved.segments.segment, moved.segments.offsets, moved.segments.order)
@@ -47,3 +47,11 @@ def test_a_record_moves_in_one_copy() -> None:
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
     assert len({tensor.untyped_storage().data_ptr() for tensor in found}) == 1
+    on_meta = to_device(record, "meta")
+    assert on_meta.segments.segment.is_meta
+    assert on_meta.numbers.shape == (2, 3)
+
+
+def test_a_record_that_stays_on_the_cpu_is_not_copied() -> None:
+    segments = Segments.of([1, 0, 1], 2)
+    assert to_device(segments, "cpu") is segments

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpo_megatron.data import TokenizedGroup
+from mpo_megatron.ragged.transfer import gathered, scattered
 from mpo_megatron.scheduling.layout import (
     GroupLengths,
     Segment,
@@ -66,16 +67,18 @@ def test_attention_index_by_hand() -> None:
     assert attention.longest == (3, 5)
 
 
-def test_a_row_is_one_buffer() -> None:
-    """So it goes to the device in one copy, whatever the kind of row."""
+def test_a_row_goes_to_a_device_as_one_buffer() -> None:
+    """Whatever the kind of row."""
     rows = [
         pack_row([group()], [[7, 8]], row_tokens=8, shared_prompt=True, split_slots=[0, 1]),
         pack_row([group()], [[7, 8]], row_tokens=8, shared_prompt=True, context=(2, 1)),
         pack_row([], [], row_tokens=4, shared_prompt=True),
     ]
     for row in rows:
-        storages = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(row)}
-        assert len(storages) == 1
+        arrived = scattered(gathered(row, pin_memory=False), row)
+        assert len({tensor.untyped_storage().data_ptr() for tensor in tensors_of(arrived)}) == 1
+        for ours, theirs in zip(tensors_of(arrived), tensors_of(row), strict=True):
+            assert torch.equal(ours, theirs)
     assert len(tensors_of(rows[0])) > 20
 
 
