@@ -1,11 +1,12 @@
 """Measure what this project claims: one sub-command a claim.
 
-    python tools/benchmark.py shared-prompt|trl|two-pass|plan|head|convert [--quick] [--repeats N] [--threads N] ...
+    python tools/benchmark.py shared-prompt|trl|two-pass|plan|head|attention|mfu|convert
+                              [--quick] [--repeats N] [--threads N] ...
     python tools/benchmark.py all --output FILE [--quick] ...
 
-Each prints a table and, last, one line of JSON. Time is processor time of the process, medians over repeats, with both
-sides in one run. `all` runs one after the other and writes the tables to a Markdown file, into the place that it keeps
-for them if it has one (README.md).
+Each prints a table and, last, one line of JSON. Time is processor time of the process, or where there is a GPU the time
+in which it works (--accelerator), medians over repeats, with both sides in one run. `all` runs one after the other and
+writes the tables to a Markdown file, into the place that it keeps for them if it has one (README.md).
 """
 
 import argparse
@@ -25,6 +26,8 @@ BENCHMARKS = {
     "two-pass": "groups cut over rows against rows that hold whole groups",
     "plan": "fill, balance and speed of the planner",
     "head": "memory and time of the response head against whole logits",
+    "attention": "the attention backends beside each other",
+    "mfu": "model FLOPs utilisation of training steps on layers of Llama 3 8B",
     "convert": "memory of checkpoint conversion against its bound",
 }
 MARKER = "<!-- benchmarks -->"

@@ -14,7 +14,14 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from mpo_megatron.benchmarks.measure import compare, peak_bytes, saved_bytes
+from mpo_megatron.benchmarks.measure import (
+    add_accelerator,
+    clock,
+    compare,
+    measured_on,
+    peak_bytes,
+    saved_bytes,
+)
 from mpo_megatron.benchmarks.report import Report
 from mpo_megatron.data import TokenizedGroup
 from mpo_megatron.model.head import ResponseHead
@@ -36,27 +43,35 @@ class Case:
 
 CASES = (Case(512, 49152, 576), Case(2048, 49152, 576), Case(1024, 128256, 576))
 QUICK_CASES = (Case(512, 8192, 576), Case(512, 49152, 576))
+# In bf16.
+GPU_CASES = (Case(2048, 128256, 4096), Case(6144, 128256, 4096))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options beside those of every benchmark."""
+    add_accelerator(parser)
     parser.add_argument(
-        "--chunk-size", type=int, default=256, help="positions whose logits exist at a time (256)"
+        "--chunk-size", type=int, help="positions whose logits exist at a time (256; 1024 on a GPU)"
     )
 
 
 def run(arguments: argparse.Namespace) -> Report:
     """Both heads on the same hidden states and weight, in turns."""
     torch.set_num_threads(arguments.threads)
-    initialize(choose_device("cpu"))
+    device = choose_device(arguments.accelerator)
+    initialize(device)
+    on_gpu = device.type == "cuda"
+    chunk_size = arguments.chunk_size or (1024 if on_gpu else 256)
+    cases = GPU_CASES if on_gpu else QUICK_CASES if arguments.quick else CASES
     rows: list[list[str]] = []
     figures: dict[str, float] = {}
-    for case in QUICK_CASES if arguments.quick else CASES:
-        figures = _measure(case, arguments.chunk_size, 2 if arguments.quick else arguments.repeats)
+    for case in cases:
+        figures = _measure(case, chunk_size, 2 if arguments.quick else arguments.repeats, device)
         rows.append(
             [
                 f"{case.n} x {case.v} x {case.h}",
                 *(f"{figures[name] / 2**20:.1f}" for name in _MEBIBYTES),
+                f"{figures['seconds'] * 1e3:.1f}",
                 f"{figures['time_ratio']:.2f} x",
             ]
         )
@@ -70,13 +85,19 @@ def run(arguments: argparse.Namespace) -> Report:
             "peak, MiB",
             "chunk's logits, MiB",
             "eager peak, MiB",
-            "CPU time to eager",
+            f"1e-3 {clock(device)}",
+            "time to eager",
         ],
         rows=rows,
         figures=figures,
-        settings={"chunk_size": arguments.chunk_size, "threads": arguments.threads, "precision": "fp32"},
+        settings={
+            "chunk_size": chunk_size,
+            "on": measured_on(device),
+            "threads": arguments.threads,
+            "precision": "bfloat16" if on_gpu else "float32",
+        },
         notes=[
-            "kept: all that autograd saves but the weight, states and row it is given; allowed: N x H x 4 + 16 N",
+            "kept: all that autograd saves but the weight, states and row it is given; allowed: N x H numbers + 16 N",
             "peak: forward + backward, beyond inputs and the gradients that are returned; figures: of the last case",
         ],
     )
@@ -92,32 +113,36 @@ _MEBIBYTES = (
 )
 
 
-def _measure(case: Case, chunk_size: int, repeats: int) -> dict[str, float]:
-    row = _row(case)
-    head = _head(case, chunk_size)
+def _measure(case: Case, chunk_size: int, repeats: int, device: torch.device) -> dict[str, float]:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    row = _row(case, device)
+    head = _head(case, chunk_size).to(device, dtype)
     head.row = row
-    hidden = torch.randn(row.tokens.numel(), 1, case.h).requires_grad_()
+    hidden = torch.randn(row.tokens.numel(), 1, case.h, device=device, dtype=dtype).requires_grad_()
     weight = head.weight
     ours: Callable[[], Tensor] = lambda: head(hidden)[0]  # noqa: E731
     eager = partial(_eager, hidden, weight, row)
-    torch.testing.assert_close(ours().flatten(), eager(), rtol=1e-4, atol=1e-2)
+    # Eager logits of bf16 numbers are rounded to bf16, which some thousands of tokens mostly even out.
+    limits = (1e-2, 1.0) if device.type == "cuda" else (1e-4, 1e-2)
+    torch.testing.assert_close(ours().flatten(), eager(), rtol=limits[0], atol=limits[1])
 
     def both_passes(forward: Callable[[], Tensor]) -> tuple[Tensor | None, ...]:
         return torch.autograd.grad(forward().sum(), (hidden, weight))
 
-    returned = 4 * (hidden.numel() + weight.numel())
+    returned = dtype.itemsize * (hidden.numel() + weight.numel())
     sides = {"ours": lambda: both_passes(ours), "eager": lambda: both_passes(eager)}
-    seconds = compare(sides, repeats=repeats)
-    ratio = statistics.median(seconds["ours"]) / statistics.median(seconds["eager"])
+    seconds = compare(sides, repeats=repeats, device=device)
+    ours_seconds, eager_seconds = (statistics.median(seconds[side]) for side in ("ours", "eager"))
     leave_out = (weight, hidden, row.tokens)
     return {
         "kept_bytes": saved_bytes(ours, leave_out),
-        "allowed_bytes": 4 * case.n * case.h + 16 * case.n,
+        "allowed_bytes": dtype.itemsize * case.n * case.h + 16 * case.n,
         "eager_kept_bytes": saved_bytes(eager, leave_out),
-        "peak_bytes": peak_bytes(sides["ours"]) - returned,
+        "peak_bytes": peak_bytes(sides["ours"], device) - returned,
         "chunk_bytes": 4 * chunk_size * case.v,
-        "eager_peak_bytes": peak_bytes(sides["eager"]) - returned,
-        "time_ratio": ratio,
+        "eager_peak_bytes": peak_bytes(sides["eager"], device) - returned,
+        "seconds": ours_seconds,
+        "time_ratio": ours_seconds / eager_seconds,
     }
 
 
@@ -133,13 +158,13 @@ def _head(case: Case, chunk_size: int) -> ResponseHead:
     return layer
 
 
-def _row(case: Case) -> PackedRow:
+def _row(case: Case, device: torch.device) -> PackedRow:
     """One group of four responses, N tokens together."""
     random = np.random.default_rng(0)
     responses = list(random.integers(0, case.v, (4, case.n // 4)))
     scores = np.arange(4.0)
     group = TokenizedGroup("0", random.integers(0, case.v, PROMPT), responses, scores, scores > 1.5)
-    return pack_row([group], [range(4)], row_tokens=PROMPT + case.n, shared_prompt=True)
+    return pack_row([group], [range(4)], row_tokens=PROMPT + case.n, shared_prompt=True, device=device)
 
 
 def _eager(hidden: Tensor, weight: Tensor, row: PackedRow) -> Tensor:

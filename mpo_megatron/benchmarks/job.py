@@ -1,4 +1,4 @@
-"""A model on one CPU rank, and training steps on groups in memory: what the benchmarks time."""
+"""A model on one CPU rank or GPU, and training steps on groups in memory: what the benchmarks time."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +11,14 @@ import torch
 from megatron.core import tensor_parallel
 from torch import Tensor
 
+from mpo_megatron.benchmarks.measure import measured_on
 from mpo_megatron.config import OptimConfig
 from mpo_megatron.conversion.load import load_hf_weights
 from mpo_megatron.data import GroupList, TokenizedGroup
-from mpo_megatron.model.architecture import Architecture, architecture_of, read_architecture
-from mpo_megatron.model.provider import ModelOptions, build_model, unwrap
+from mpo_megatron.model.architecture import Architecture, read_architecture
+from mpo_megatron.model.attention import choose_backend
+from mpo_megatron.model.fp8 import row_alignment
+from mpo_megatron.model.provider import ModelOptions, build_model, unwrap, uses_transformer_engine
 from mpo_megatron.objectives.mpo import wmpo
 from mpo_megatron.runtime.device import choose_device
 from mpo_megatron.runtime.parallel import ParallelLayout, initialize
@@ -40,50 +43,70 @@ def random_groups(
     return groups
 
 
-def small_llama(*, hidden: int, layers: int, vocab: int, max_positions: int) -> Architecture:
-    """A Llama of the usual proportions: heads of 64, half as many key-value heads, feed-forward 3 x hidden."""
-    from transformers import LlamaConfig
-
-    return architecture_of(
-        LlamaConfig(
-            hidden_size=hidden,
-            intermediate_size=3 * hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=hidden // 64,
-            num_key_value_heads=max(1, hidden // 128),
-            vocab_size=vocab,
-            max_position_embeddings=max_positions,
-            tie_word_embeddings=False,
-        )
+def fastest(device: torch.device) -> ModelOptions:
+    """bf16 with the layers and kernels that a run takes by itself on a GPU; float32 on a CPU."""
+    if device.type != "cuda":
+        return ModelOptions()
+    dtype = torch.bfloat16
+    return ModelOptions(
+        dtype=dtype,
+        transformer_engine=uses_transformer_engine("auto", device, dtype),
+        attention_backend=choose_backend("auto", device, dtype),
     )
 
 
 @dataclass
 class Job:
-    """A model in float32 with optimizer on the one rank of this process."""
+    """A model with optimizer on this rank, which is data parallel to any others."""
 
     architecture: Architecture
     layout: ParallelLayout
+    options: ModelOptions
     chunks: list[Any]
     optimizer: Any
 
     @classmethod
-    def start(cls, model: Path | Architecture, threads: int) -> "Job":
-        """Build the model of a Hugging Face folder, or one of random weights."""
+    def start(
+        cls,
+        model: Path | Architecture,
+        threads: int,
+        *,
+        accelerator: str = "cpu",
+        options: ModelOptions | None = None,
+        distributed_optimizer: bool = False,
+    ) -> "Job":
+        """Build the model of a Hugging Face folder, or one of random weights.
+
+        Args:
+            accelerator: `gpu`, `cpu`, or `auto`, as in `trainer.accelerator`.
+            options: None for what is `fastest`.
+        """
         torch.set_num_threads(threads)
-        layout = initialize(choose_device("cpu"))
+        layout = initialize(choose_device(accelerator))
+        options = options or fastest(layout.device)
         tensor_parallel.model_parallel_cuda_manual_seed(0)
         architecture = model if isinstance(model, Architecture) else read_architecture(model)
-        chunks = build_model(architecture, layout, ModelOptions())
+        chunks = build_model(architecture, layout, options)
         if isinstance(model, Architecture):
             with torch.no_grad():
                 for parameter in chunks[0].parameters():
                     parameter.normal_(std=0.02) if parameter.dim() > 1 else parameter.fill_(1.0)
         else:
             load_hf_weights([unwrap(chunks[0])], architecture, layout, model)
-        chunks = wrap_data_parallel(chunks, distributed_optimizer=False)
-        optimizer = build_optimizer(chunks, OptimConfig(distributed=False), 1.0, torch.float32)
-        return cls(architecture, layout, chunks, optimizer)
+        chunks = wrap_data_parallel(chunks, distributed_optimizer)
+        optim = OptimConfig(distributed=distributed_optimizer)
+        optimizer = build_optimizer(chunks, optim, 1.0, options.dtype)
+        return cls(architecture, layout, options, chunks, optimizer)
+
+    def settings(self, threads: int) -> dict[str, Any]:
+        """What a report says of where and how the model ran."""
+        return {
+            "on": measured_on(self.layout.device),
+            "threads": threads,
+            "precision": str(self.options.dtype).removeprefix("torch."),
+            "layers of": "Transformer Engine" if self.options.transformer_engine else "Megatron-core",
+            "attention": self.options.attention_backend,
+        }
 
     def source(
         self, groups: Sequence[TokenizedGroup], *, max_tokens: int, shared_prompt: bool = True
@@ -92,7 +115,7 @@ class Job:
         return RowSource(
             GroupList(groups),
             max_tokens=max_tokens,
-            alignment=8,
+            alignment=row_alignment(self.options.fp8, 1, self.layout.device),
             cost=self.architecture.cost_model,
             shared_prompt=shared_prompt,
             device=self.layout.device,

@@ -1,5 +1,6 @@
-"""Time as processor time of this process, and memory as bytes that are counted."""
+"""Time as processor time of this process, or as what passes while a GPU works, and memory as bytes that are counted."""
 
+import argparse
 import gc
 import time
 import weakref
@@ -11,11 +12,41 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+CPU = torch.device("cpu")
+
+
+def add_accelerator(parser: argparse.ArgumentParser) -> None:
+    """The option of benchmarks that run on a GPU too."""
+    parser.add_argument(
+        "--accelerator",
+        choices=["auto", "cpu", "gpu"],
+        default="auto",
+        help="auto: the GPU where there is one",
+    )
+
+
+def clock(device: torch.device) -> str:
+    """What `compare` counts, for people."""
+    return "s on the GPU" if device.type == "cuda" else "processor s"
+
+
+def measured_on(device: torch.device) -> str:
+    """The device, for the settings of a report."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def _now(device: torch.device) -> float:
+    """Seconds: of all threads of this process, or, when the GPU has done all it was given, of the day."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+    return time.process_time()
+
 
 def compare(
-    sides: Mapping[str, Callable[[], Any]], *, repeats: int, warm_up: int = 1
+    sides: Mapping[str, Callable[[], Any]], *, repeats: int, warm_up: int = 1, device: torch.device = CPU
 ) -> dict[str, list[float]]:
-    """Processor seconds (all threads of this process) of each call of each side.
+    """Seconds of each call of each side (see `clock`).
 
     The sides take turns, so that a change of the machine's speed meets them alike.
     """
@@ -23,10 +54,10 @@ def compare(
     for repeat in range(warm_up + repeats):
         for name, call in sides.items():
             gc.collect()
-            start = time.process_time()
+            start = _now(device)
             call()
             if repeat >= warm_up:
-                seconds[name].append(time.process_time() - start)
+                seconds[name].append(_now(device) - start)
     return seconds
 
 
@@ -84,8 +115,18 @@ class _LiveStorages(TorchDispatchMode):
         self.known.discard(key)
 
 
-def peak_bytes(call: Callable[[], Any]) -> int:
-    """Most bytes that tensors made inside `call()` hold at a time; what lies within one operation is not seen."""
+def peak_bytes(call: Callable[[], Any], device: torch.device = CPU) -> int:
+    """Most bytes that tensors made inside `call()` hold at a time.
+
+    On a CPU what lies within one operation is not seen; of a GPU torch's allocator counts all.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
     with _LiveStorages() as storages:
         result = call()
     del result

@@ -11,27 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mpo_megatron.benchmarks.models import LLAMA3_8B
 from mpo_megatron.benchmarks.report import Report
-from mpo_megatron.model.architecture import Architecture
 from mpo_megatron.scheduling.layout import GroupLengths
 from mpo_megatron.scheduling.order import in_order
 from mpo_megatron.scheduling.plan import CostModel, Pipeline, StepPlan, plan_step
 
-LLAMA3_8B = Architecture(
-    family="llama",
-    num_layers=32,
-    hidden_size=4096,
-    ffn_hidden_size=14336,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    vocab_size=128256,
-    max_positions=8192,
-    norm_epsilon=1e-5,
-    tied_embeddings=False,
-    sliding_window=None,
-    inverse_frequencies=(),
-)
 RESPONSES = 4
 LONGEST = 2048
 PAIRS_PER_MICRO_BATCH = 4

@@ -3,33 +3,45 @@
 import argparse
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
-from mpo_megatron.benchmarks.job import Job, random_groups, small_llama
-from mpo_megatron.benchmarks.measure import compare
+from mpo_megatron.benchmarks.job import Job, random_groups
+from mpo_megatron.benchmarks.measure import add_accelerator, clock, compare
+from mpo_megatron.benchmarks.models import LLAMA3_8B, small_llama
 from mpo_megatron.benchmarks.report import Report
 from mpo_megatron.data import TokenizedGroup
+from mpo_megatron.runtime.device import choose_device
 from mpo_megatron.scheduling.rows import RowSource
 
-PROMPT, RESPONSE, N, PARTS = 128, 128, 8, 2
+N, PARTS = 8, 2
+# Tokens of a prompt and of each response.
+CPU_LENGTH, GPU_LENGTH = 128, 512
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options beside those of every benchmark."""
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--vocab", type=int, default=8192)
+    add_accelerator(parser)
+    parser.add_argument("--hidden", type=int, default=1024, help="on a CPU (1024); a GPU has Llama 3 8B's")
+    parser.add_argument("--layers", type=int, help="3 on a CPU, 2 on a GPU")
+    parser.add_argument("--vocab", type=int, default=8192, help="on a CPU (8192)")
 
 
 def run(arguments: argparse.Namespace) -> Report:
     """Steps of two passes over rows of parts against steps of one pass over the same rows, in turns."""
-    layers = min(arguments.layers, 2) if arguments.quick else arguments.layers
-    architecture = small_llama(
-        hidden=arguments.hidden, layers=layers, vocab=arguments.vocab, max_positions=1024
+    device = choose_device(arguments.accelerator)
+    on_gpu = device.type == "cuda"
+    layers = arguments.layers or (2 if on_gpu else 3)
+    layers = min(layers, 2) if arguments.quick else layers
+    architecture = (
+        replace(LLAMA3_8B, num_layers=layers)
+        if on_gpu
+        else small_llama(hidden=arguments.hidden, layers=layers, vocab=arguments.vocab, max_positions=1024)
     )
-    job = Job.start(architecture, arguments.threads)
-    groups = random_groups(2, PROMPT, RESPONSE, N, architecture.vocab_size)
-    budget = PROMPT + N // PARTS * RESPONSE
+    length = GPU_LENGTH if on_gpu else CPU_LENGTH
+    job = Job.start(architecture, arguments.threads, accelerator=arguments.accelerator)
+    groups = random_groups(2, length, length, N, architecture.vocab_size)
+    budget = length + N // PARTS * length
     split = job.source(groups, max_tokens=budget)
     # The same rows as groups of their own: each part keeps its best response as the preferred one.
     whole = job.source([part for group in groups for part in _parts(split, group)], max_tokens=budget)
@@ -40,14 +52,14 @@ def run(arguments: argparse.Namespace) -> Report:
         "whole": partial(job.gradients, whole, range(2 * PARTS), job.reference(whole)),
     }
     rows_run = {name: _count_rows(job, step) for name, step in steps.items()}
-    seconds = compare(steps, repeats=3 if arguments.quick else arguments.repeats)
+    seconds = compare(steps, repeats=3 if arguments.quick else arguments.repeats, device=device)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     # Turn by turn: a drift of the machine's speed meets both sides of a ratio.
     overhead = statistics.median(s / w for s, w in zip(seconds["split"], seconds["whole"], strict=True))
     rows = 2 * PARTS
     return Report(
         benchmark="two-pass",
-        columns=["rows hold", "rows", "forward passes", "CPU s/step", "overhead"],
+        columns=["rows hold", "rows", "forward passes", f"{clock(device)}/step", "overhead"],
         rows=[
             ["whole groups", str(rows), str(rows_run["whole"]), f"{median['whole']:.2f}", "1.00 x"],
             [
@@ -60,15 +72,14 @@ def run(arguments: argparse.Namespace) -> Report:
         ],
         figures={"overhead": overhead, "overhead_whole": rows_run["whole"] / rows},
         settings={
-            "prompt": PROMPT,
-            "response": RESPONSE,
+            "prompt": length,
+            "response": length,
             "responses": N,
             "parts": PARTS,
-            "hidden": arguments.hidden,
+            "hidden": architecture.hidden_size,
             "layers": layers,
-            "vocab": arguments.vocab,
-            "threads": arguments.threads,
-            "precision": "fp32",
+            "vocab": architecture.vocab_size,
+            **job.settings(arguments.threads),
         },
         notes=[
             "the same rows both times; overhead_whole counts the forward passes of rows that hold whole groups"

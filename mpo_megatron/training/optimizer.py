@@ -67,7 +67,8 @@ def _complete_adam_state(wrapper: Any) -> None:
     for group in wrapper.optimizer.param_groups:
         for parameter in group["params"]:
             zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            state[parameter] = {"step": torch.tensor(0.0), **zeros}
+            # The fused kernel of a GPU reads it there, and torch checks no device.
+            state[parameter] = {"step": torch.zeros((), device=parameter.device), **zeros}
     if hasattr(wrapper, "_set_main_param_and_optimizer_states"):
         set_states = wrapper._set_main_param_and_optimizer_states
 
@@ -100,8 +101,8 @@ def load_optimizer(optimizer: Any, loaded: dict[Any, Any]) -> None:
     with torch.no_grad():
         optimizer.load_state_dict(loaded)
     for wrapper in adams:
-        for state in wrapper.optimizer.state.values():
-            state["step"] = state["step"].clone()
+        for parameter, state in wrapper.optimizer.state.items():
+            state["step"] = state["step"].to(parameter.device, copy=True)
 
 
 def build_schedule(optimizer: Any, optim: OptimConfig, total_steps: int) -> OptimizerParamScheduler:

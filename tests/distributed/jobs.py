@@ -44,6 +44,8 @@ class Layout:
     global_batch: bool = True  # two passes for objectives that need it; False where one row holds the batch
     max_tokens: int = 256
     precision: torch.dtype = torch.float32
+    accelerator: str = "cpu"  # or gpu
+    longest: int = 24  # above the tokens of the longest prompt or response
 
 
 @dataclass
@@ -66,7 +68,12 @@ def build(folder: Path, sizes: list[int], wanted: Layout, lr: float = 1e-3, seed
     from megatron.core import tensor_parallel
 
     layout = initialize(
-        choose_device("cpu"), tp=wanted.tp, pp=wanted.pp, vpp=wanted.vpp, cp=wanted.cp, ep=wanted.ep
+        choose_device(wanted.accelerator),
+        tp=wanted.tp,
+        pp=wanted.pp,
+        vpp=wanted.vpp,
+        cp=wanted.cp,
+        ep=wanted.ep,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     architecture = read_architecture(model_folder(folder))
@@ -89,7 +96,7 @@ def build(folder: Path, sizes: list[int], wanted: Layout, lr: float = 1e-3, seed
     clip = 0.0 if options.dtype == torch.float64 else 1.0  # Megatron clips float32 gradients alone
     optimizer = build_optimizer(chunks, optim, clip, options.dtype)
     source = RowSource(
-        GroupList(make_groups(sizes, architecture.vocab_size, seed=seed)),
+        GroupList(make_groups(sizes, architecture.vocab_size, seed=seed, longest=wanted.longest)),
         max_tokens=wanted.max_tokens,
         alignment=row_alignment(options.fp8, layout.tp, layout.device) * layout.cp,
         shared_prompt=wanted.shared_prompt,
@@ -190,7 +197,7 @@ def steps_and_gradients(
         model.source.max_tokens = max_tokens
         before = logps(model)
         # The mean log-ratio is 1: KTO's reference point is above 0.
-        reference = before + torch.linspace(-4, 2, len(before))
+        reference = before + torch.linspace(-4, 2, len(before), device=before.device)
         found["logps"][budget] = before
         found["evaluated"][budget] = evaluate(model, reference, names[0])
         found["split"][budget] = len(model.source.plan(range(len(sizes))).split)
@@ -222,7 +229,7 @@ def gradient_norm(model: Model) -> float:
     Megatron adds the squares up in float32; here they are added up in float64, and Megatron's own sum has to agree to
     what float32 holds.
     """
-    square = torch.zeros((), dtype=torch.float64)
+    square = torch.zeros((), dtype=torch.float64, device=model.layout.device)
     for optimizer in getattr(model.optimizer, "chained_optimizers", [model.optimizer]):
         # Megatron-core 0.16's name, and that of later ones.
         counted = (

@@ -49,12 +49,14 @@ def step_zero(folder: Path, wanted: Layout) -> dict[str, Any]:
     }
 
 
+def make_fp8_model(folder: Path) -> Path:
+    """Matrices of 128 x 128 and more on each of two tensor-parallel ranks, as blocks need."""
+    return make_llama(folder, hidden_size=256, intermediate_size=256, initializer_range=0.05)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Matrices of 128 x 128 and more on each of two tensor-parallel ranks, as blocks need."""
-    return make_llama(
-        tmp_path_factory.mktemp("model"), hidden_size=256, intermediate_size=256, initializer_range=0.05
-    )
+    return make_fp8_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """The response head against eager log-softmax: values, gradients, and what it keeps for the backward pass."""
 
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -68,23 +69,42 @@ def test_a_rank_may_hold_padding_alone(ranks: Any) -> None:
     assert (first.shape, last.shape) == ((V, H), (0, H))
 
 
-LONG, VOCAB, WIDTH = 2048, 2048, 64
+@dataclass(frozen=True)
+class LongResponse:
+    """A response of `tokens` tokens that a model of this vocabulary and hidden size could have sampled."""
+
+    tokens: int = 2048
+    vocab: int = 2048
+    width: int = 64
+
+    def make(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(hidden states [t, 1, H], weight [V, H], tokens), both of them in bf16.
+
+        Logits reach 50, where bf16 has steps of 0.25.
+        """
+        random = torch.Generator().manual_seed(0)
+        scale = (64 / self.width) ** 0.5
+        hidden = torch.randn(self.tokens + 8, 1, self.width, generator=random).mul(scale).bfloat16()
+        weight = torch.randn(self.vocab, self.width, generator=random).bfloat16()
+        hidden, weight = hidden.to(device), weight.to(device)
+        sampler = torch.Generator(device).manual_seed(0)
+        chances = self.logits(hidden, weight).softmax(-1)
+        return hidden, weight, torch.multinomial(chances, 1, generator=sampler)[:, 0]
+
+    def logits(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """[N, V] in float64: token k is predicted from place k."""
+        return hidden[: self.tokens, 0].double() @ weight.double().t()
 
 
-def long_response() -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
-    """(hidden states [t, 1, H], weight [V, H], tokens) in bf16, of a response that such a model could have sampled.
+def long_response_case(
+    rounded: bool, size: LongResponse, accelerator: str = "cpu", chunk: int = 256
+) -> dict[str, float]:
+    """How far the whole head is off from float64 on the same bf16 numbers: its log-prob in nats, gradients relative.
 
-    Logits reach 50, where bf16 has steps of 0.25.
+    Args:
+        rounded: with logits rounded to bf16.
+        chunk: positions whose logits exist at a time.
     """
-    random = torch.Generator().manual_seed(0)
-    hidden = torch.randn(LONG + 8, 1, WIDTH, generator=random).bfloat16()
-    weight = torch.randn(VOCAB, WIDTH, generator=random).bfloat16()
-    logits = hidden[:LONG, 0].double() @ weight.double().t()
-    return hidden, weight, torch.multinomial(logits.softmax(-1), 1, generator=random)[:, 0].numpy()
-
-
-def long_response_case(rounded: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-prob and gradients of hidden states and weight of the whole head; with logits rounded to bf16, or not."""
     from megatron.core.tensor_parallel import ColumnParallelLinear
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -94,17 +114,22 @@ def long_response_case(rounded: bool) -> tuple[torch.Tensor, torch.Tensor, torch
     from mpo_megatron.runtime.parallel import initialize
     from mpo_megatron.scheduling.pack import pack_row
 
-    initialize(choose_device("cpu"))
-    hidden, weight, tokens = long_response()
+    device = choose_device(accelerator)
+    initialize(device)
+    hidden, weight, tokens = size.make(device)
     config = TransformerConfig(
-        num_layers=1, hidden_size=WIDTH, num_attention_heads=1, use_cpu_initialization=True
+        num_layers=1, hidden_size=size.width, num_attention_heads=1, use_cpu_initialization=True
     )
-    layer = ColumnParallelLinear(WIDTH, VOCAB, config=config, init_method=torch.nn.init.zeros_, bias=False)
-    head.ResponseHead.take_over(layer, VOCAB, 256)
+    layer = ColumnParallelLinear(
+        size.width, size.vocab, config=config, init_method=torch.nn.init.zeros_, bias=False
+    )
+    head.ResponseHead.take_over(layer, size.vocab, chunk)
     layer.weight = torch.nn.Parameter(weight)
     # A prompt of one token and the response: token k is predicted from place k.
-    group = TokenizedGroup("a", np.zeros(1, dtype=int), [tokens], np.ones(1), np.ones(1, dtype=bool))
-    layer.row = pack_row([group], [[0]], row_tokens=LONG + 8, shared_prompt=True)
+    response = [tokens.cpu().numpy()]
+    group = TokenizedGroup("a", np.zeros(1, dtype=int), response, np.ones(1), np.ones(1, dtype=bool))
+    places = size.tokens + 8
+    layer.row = pack_row([group], [[0]], row_tokens=places, shared_prompt=True, device=device)
     hidden.requires_grad_()
 
     def as_bf16(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -113,30 +138,27 @@ def long_response_case(rounded: bool) -> tuple[torch.Tensor, torch.Tensor, torch
     with mock.patch.object(head, "full_product", as_bf16 if rounded else head.full_product):
         logp = layer(hidden)[0].sum()
         logp.backward()
+    assert logp.dtype == torch.float32
     assert hidden.grad is not None
-    return logp.detach(), hidden.grad, layer.weight.grad
+
+    exact, exact_weight = (t.detach().double().requires_grad_() for t in (hidden, weight))
+    logps = size.logits(exact, exact_weight).log_softmax(-1)
+    wanted = logps.gather(1, tokens[:, None]).sum()
+    right, right_weight = torch.autograd.grad(wanted, (exact, exact_weight))
+    return {
+        "log-prob": abs(float(logp.detach().double() - wanted.detach())),
+        "d hidden": float((hidden.grad.double() - right).norm() / right.norm()),
+        "d weight": float((layer.weight.grad.double() - right_weight).norm() / right_weight.norm()),
+    }
 
 
 @pytest.mark.parametrize("rounded", [False, True])
 def test_bfloat16_weights_give_float32_logits(rounded: bool, ranks: Any) -> None:
     """Against float64 from the same bf16 numbers; logits rounded to bf16 would be off by far more than is allowed."""
-    hidden, weight, tokens = long_response()
-    exact, exact_weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
-    logps = (exact[:LONG, 0] @ exact_weight.t()).log_softmax(-1)
-    wanted = logps.gather(1, torch.from_numpy(tokens)[:, None]).sum()
-    wanted.backward()
-    assert exact.grad is not None
-    assert exact_weight.grad is not None
-    ((logp, grad_hidden, grad_weight),) = ranks(1).run(long_response_case, rounded)
-    assert logp.dtype == torch.float32
-    off = abs(float(logp - wanted.detach()))
-    off_gradients = [
-        float((found - right).norm() / right.norm())
-        for found, right in ((grad_hidden, exact.grad), (grad_weight, exact_weight.grad))
-    ]
-    assert (off < 1e-3) != rounded
+    (off,) = ranks(1).run(long_response_case, rounded, LongResponse())
+    assert (off["log-prob"] < 1e-3) != rounded
     # They are bf16 themselves: 8 bits.
-    assert all((one < 2**-8) != rounded for one in off_gradients)
+    assert all((off[name] < 2**-8) != rounded for name in ("d hidden", "d weight"))
 
 
 def test_a_processor_is_told_to_use_bf16_for_the_product_alone(monkeypatch: pytest.MonkeyPatch) -> None:

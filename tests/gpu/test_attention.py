@@ -1,54 +1,105 @@
-"""FlashAttention and Transformer Engine backends against sdpa, on a GPU: pytest -m gpu tests/gpu."""
+"""Every attention backend against dense attention in float64, forward and backward, from the same 16-bit numbers."""
+
+from itertools import product
+from typing import Any
 
 import pytest
 import torch
-from megatron.core.transformer.transformer_config import TransformerConfig
 
-from mpo_megatron.errors import ConfigError
-from mpo_megatron.model.attention import choose_backend, make_backend
-from mpo_megatron.model.segments import RowParams
-from mpo_megatron.scheduling.pack import pack_row
-from tests.helpers.models import make_groups
+from tests.gpu.conftest import Place, on_cpu, on_gpu
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU on this machine"),
-]
-HEADS, KV_HEADS, SIZE = 8, 2, 64
+HEADS = 8
+# Of bf16: an output is rounded by up to 2^-9 of it, and kernels round weights of attention, or their gradients, before
+# the second product. A wrong mask or position is off by tenths.
+AT_MOST = 1e-2
 
 
-@pytest.mark.parametrize("name", ["varlen", "te"])
-@pytest.mark.parametrize("shared_prompt", [True, False])
-def test_backend_agrees_with_sdpa(name: str, shared_prompt: bool) -> None:
-    device = torch.device("cuda")
-    try:
-        choose_backend(name, device, torch.bfloat16)
-    except ConfigError as error:
-        pytest.skip(str(error))
+def deviations(accelerator: str, backend: str, size: int, padding: str, longest: int) -> dict[str, float]:
+    """Largest relative deviation (of norms) of output and gradients, over prompts shared and repeated, heads of keys
+    as many as of queries and fewer, and two scales of scores.
+
+    Args:
+        padding: `none`, `some`, or `all` for a row of padding, whose gradients are 0. Outputs of padding are finite.
+        longest: above the tokens of the longest prompt or response.
+    """
+    from mpo_megatron.runtime.device import choose_device
+    from mpo_megatron.runtime.parallel import initialize
+
+    device = choose_device(accelerator)
+    initialize(device)
+    worst: dict[str, float] = {}
+    for shared, kv_heads, scale in product((True, False), (2, HEADS), (None, 0.2)):
+        found = _deviations(device, backend, size, padding, longest, shared, kv_heads, scale)
+        worst = {name: max(value, worst.get(name, 0.0)) for name, value in found.items()}
+    return worst
+
+
+def _deviations(
+    device: torch.device,
+    backend: str,
+    size: int,
+    padding: str,
+    longest: int,
+    shared_prompt: bool,
+    kv_heads: int,
+    scale: float | None,
+) -> dict[str, float]:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from mpo_megatron.model.attention import SharedPromptAttention
+    from mpo_megatron.model.segments import RowParams
+    from mpo_megatron.scheduling.layout import GroupLengths, lay_out
+    from mpo_megatron.scheduling.pack import pack_row
+    from tests.helpers.attention import dense
+    from tests.helpers.models import make_groups
+
     config = TransformerConfig(
-        num_layers=1,
-        hidden_size=HEADS * SIZE,
-        num_attention_heads=HEADS,
-        num_query_groups=KV_HEADS,
-        kv_channels=SIZE,
-        softmax_scale=0.2,  # unlike the default, as with yarn
-    )
-    groups = make_groups([4, 3, 5], 50, longest=200)
-    ids = [range(4), range(4, 7), range(7, 12)]
-    row = pack_row(groups, ids, row_tokens=4096, shared_prompt=shared_prompt, device=device)
+        num_layers=1, hidden_size=HEADS * size, num_attention_heads=HEADS, num_query_groups=kv_heads,
+        kv_channels=size, softmax_scale=scale,
+    )  # fmt: skip
+    groups = [] if padding == "all" else make_groups([4, 3, 1], 50, longest=longest)
+    lengths = [GroupLengths(len(g.prompt_ids), tuple(map(len, g.response_ids))) for g in groups]
+    used = max((r.stop for block in lay_out(lengths, shared_prompt) for r in block.responses), default=0)
+    tokens = used + {"none": 0, "some": 37, "all": 128}[padding]
+    numbers = [range(4), range(4, 7), range(7, 8)][: len(groups)]
+    row = pack_row(groups, numbers, row_tokens=tokens, shared_prompt=shared_prompt, device=device)
     params = RowParams(row)
-    results = []
-    for backend in (make_backend("sdpa", config, 1), make_backend(name, config, 1)):
-        generator = torch.Generator(device).manual_seed(0)
-        shapes = ((4096, HEADS, SIZE), (4096, KV_HEADS, SIZE), (4096, KV_HEADS, SIZE))
-        q, k, v = (
-            torch.randn(s, generator=generator, device=device, dtype=torch.bfloat16, requires_grad=True)
-            for s in shapes
-        )
-        out = backend(q, k, v, params)
-        out.float().square().sum().backward()
-        results.append([out.detach(), q.grad, k.grad, v.grad])
-    for ours, theirs in zip(*results, strict=True):
-        assert ours is not None
-        assert theirs is not None
-        torch.testing.assert_close(ours.float(), theirs.float(), rtol=2e-2, atol=2e-2)
+
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = [(tokens, 1, heads, size) for heads in (HEADS, kv_heads, kv_heads)]
+    mine = [torch.randn(s, generator=generator, device=device).bfloat16().requires_grad_() for s in shapes]
+    exact = [t.detach().double().requires_grad_() for t in mine]
+    out = SharedPromptAttention(config, 1, backend=backend)(*mine, packed_seq_params=params)
+    assert out.shape == (tokens, 1, HEADS * size)
+    assert bool(out.isfinite().all())
+    upstream = torch.randn(out.shape, generator=generator, device=device).bfloat16()
+    upstream[used:] = 0
+    gradients = torch.autograd.grad(out, mine, upstream)
+    if padding == "all":
+        return {"gradients": max(float(gradient.abs().max()) for gradient in gradients)}
+    q, k, v = (t[:, 0] for t in exact)
+    wanted = dense(q, k, v, params, scale)
+    expected = torch.autograd.grad(wanted, exact, upstream[:used, 0].double())
+    names = ("output", "d queries", "d keys", "d values")
+    pairs = zip((out[:used, 0], *gradients), (wanted, *expected), strict=True)
+    return {
+        name: float((found.double() - right).norm() / right.norm())
+        for name, (found, right) in zip(names, pairs, strict=True)
+    }
+
+
+@pytest.mark.parametrize("padding", ["none", "some", "all"])
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize(
+    ("place", "backend"),
+    [on_cpu("sdpa"), *(on_gpu(backend) for backend in ("varlen", "te", "sdpa"))],
+    indirect=["place"],
+)
+def test_backend_computes_the_definition(
+    backend: str, size: int, padding: str, place: Place, measured: Any
+) -> None:
+    place.needs_attention(backend)
+    longest = 700 if place.is_gpu else 40
+    (found,) = place.ranks(1).run(deviations, place.accelerator, backend, size, padding, longest, timeout=280)
+    for what, deviation in found.items():
+        measured(what, deviation, at_most=0.0 if padding == "all" else AT_MOST)

@@ -1,4 +1,4 @@
-"""Test cases on real Gloo ranks: processes that start once and then run one case after another.
+"""Test cases on real ranks (Gloo on CPUs, NCCL on GPUs): processes that start once and run one case after another.
 
     def case(x):                                  # module level: the ranks import it by name
         ...                                       # torch.distributed is up: RANK of WORLD_SIZE, as under torchrun
@@ -8,9 +8,9 @@
         values = ranks(4).run(case, 1.0)          # [value of rank 0, ..., value of rank 3]
 
 Every case gets a process group of its own, the seed 0 and the default dtype float32, so that cases do not depend on
-their order. A case that fails on a rank, or does not end in time, raises RankError here with every failed rank's
-traceback and the stack of every rank that was still running; the processes are then killed, and the next case starts
-new ones.
+their order. Tensors come back on the CPU. A case that fails on a rank, or does not end in time, raises RankError here
+with every failed rank's traceback and the stack of every rank that was still running; the processes are then killed,
+and the next case starts new ones.
 
 This module knows torch.distributed and nothing above it. `setup` and `teardown` ("module:function") say what a rank
 calls once before anything else, and after each case.
@@ -31,7 +31,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
@@ -119,10 +119,21 @@ class RankProcesses:
     Args:
         setup: "module:function" that each rank calls once, before anything else is imported.
         teardown: "module:function" that each rank calls after each case.
+        gpus: each rank has a GPU, the one of its number.
+        environment: of the processes, beside this one's.
     """
 
-    def __init__(self, setup: str | None = None, teardown: str | None = None) -> None:
+    def __init__(
+        self,
+        setup: str | None = None,
+        teardown: str | None = None,
+        *,
+        gpus: bool = False,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self._hooks = (setup or "", teardown or "")
+        self._backend = "nccl" if gpus else "gloo"
+        self._environment = dict(environment or {})
         self._workers: list[_Worker] = []
         self._case_number = 0
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
@@ -192,10 +203,11 @@ class RankProcesses:
             "TOKENIZERS_PARALLELISM": "false",
             # Gloo looks up the host's name otherwise, which not every machine can resolve.
             "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+            **self._environment,
         }
         with open(folder / f"rank{rank}.out", "wb") as output:
             process = subprocess.Popen(
-                [sys.executable, "-c", command, *arguments, *self._hooks],
+                [sys.executable, "-c", command, *arguments, self._backend, *self._hooks],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -297,7 +309,7 @@ def _describe(
 
 def _serve() -> None:
     """A rank's whole life: the set-up, then cases until the connection or the lifeline closes."""
-    rank, connection_fd, lifeline, stacks_path, store_port, setup, teardown = sys.argv[1:]
+    rank, connection_fd, lifeline, stacks_path, store_port, backend, setup, teardown = sys.argv[1:]
     stacks = open(stacks_path, "w")  # noqa: SIM115 - faulthandler writes to it until the process ends
     faulthandler.enable(stacks)
     faulthandler.register(signal.SIGUSR1, stacks, all_threads=True)
@@ -318,7 +330,7 @@ def _serve() -> None:
             case = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
-        _report(connection, functools.partial(_run_case, case, int(rank), store))
+        _report(connection, functools.partial(_run_case, case, int(rank), store, backend))
         if connection.recv_bytes():
             _report(connection, lambda: _end_case(teardown))
 
@@ -344,10 +356,11 @@ def _report(connection: Connection, action: Callable[[], Any], send_value: bool 
     return value
 
 
-def _run_case(case: _Case, rank: int, store: Any) -> Any:
+def _run_case(case: _Case, rank: int, store: Any, backend: str) -> Any:
     import torch
     import torch.distributed as dist
     from torch.distributed import PrefixStore
+    from torch.utils._pytree import tree_map_only
 
     os.environ.update(
         WORLD_SIZE=str(case.world_size),
@@ -357,12 +370,16 @@ def _run_case(case: _Case, rank: int, store: Any) -> Any:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float32)
     world = PrefixStore(case.name, store)
-    dist.init_process_group("gloo", store=world, rank=rank, world_size=case.world_size)
+    device = torch.device("cuda", rank) if backend == "nccl" else None
+    if device is not None:
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend, store=world, rank=rank, world_size=case.world_size, device_id=device)
     args, kwargs = pickle.loads(case.arguments)
-    return _resolve(case.function)(*args, **kwargs)
+    return tree_map_only(torch.Tensor, torch.Tensor.cpu, _resolve(case.function)(*args, **kwargs))
 
 
 def _end_case(teardown: str) -> None:
+    import torch
     import torch.distributed as dist
 
     if teardown:
@@ -373,6 +390,8 @@ def _end_case(teardown: str) -> None:
     # can set free more.
     while gc.collect():
         pass
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     gc.freeze()  # what is left stays: looking through all of Megatron after each case would take longer than most cases
 
 

@@ -52,6 +52,7 @@ MAY_IMPORT = {
         "model",
         "objectives",
         "conversion",
+        "planning",
         "training",
     },
 }

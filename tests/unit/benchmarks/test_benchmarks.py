@@ -93,6 +93,33 @@ def test_two_pass_costs_only_what_is_split() -> None:
     assert found["overhead"] > 1
 
 
+def test_attention_counts_the_pairs_that_the_mask_leaves() -> None:
+    found = figures("attention", "--quick", "--accelerator", "cpu")
+    # Two groups: 8 heads of 64; a prompt of 128, and four responses of 128 that see it and themselves.
+    pairs = 2 * (128 * 129 // 2 + 4 * (128 * 128 + 128 * 129 // 2))
+    flops = 7 * 2 * 8 * 64 * pairs
+    assert found["sdpa_tflops"] * found["sdpa_seconds"] == pytest.approx(flops / 1e12, rel=1e-4)
+    assert found["settings"]["on"] == "CPU"
+
+
+def test_mfu_is_of_the_formula_and_the_whole_is_by_the_difference() -> None:
+    found = figures(
+        "mfu", "--quick", "--repeats", "1", "--accelerator", "cpu", "--layers", "1", "3", "--groups", "1"
+    )
+    few, more = found["seconds_1_layers"], found["seconds_3_layers"]
+    assert found["seconds"] == pytest.approx(few + 31 / 2 * (more - few), rel=1e-3)
+    # Forward: 2 N T + 4 L d A + 2 h V R, with prompt and responses of 64 tokens, n = 4; three times that for a step.
+    tokens, responses, pairs = 5 * 64, 4 * 64, 64 * 65 / 2 + 4 * (64 * 64 + 64 * 65 / 2)
+    layer = 256 * 256 * 2 + 2 * 256 * 64 + 3 * 256 * 896
+    for layers, seconds, rate in (
+        (3, more, found["tflops_3_layers"]),
+        (32, found["seconds"], found["tflops"]),
+    ):
+        forward = 2 * layers * layer * tokens + 4 * layers * 256 * pairs + 2 * 256 * 8192 * responses
+        assert rate * seconds == pytest.approx(3 * forward / 1e12, rel=1e-2)
+    assert 0 < found["mfu_3_layers"] <= found["mfu_passes_3_layers"] * 1.5
+
+
 def test_errors_are_sentences() -> None:
     absent = run("trl", "--model", "nowhere")
     assert (absent.returncode, absent.stdout) == (1, "")

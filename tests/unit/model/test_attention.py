@@ -13,6 +13,7 @@ from mpo_megatron.model.copies import Copies
 from mpo_megatron.model.segments import RowParams
 from mpo_megatron.scheduling.pack import pack_row
 from tests.helpers import flash
+from tests.helpers.attention import dense
 from tests.helpers.models import make_groups
 from tests.helpers.saved import saved_bytes
 
@@ -32,28 +33,6 @@ def inputs(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     shapes = ((tokens, HEADS, SIZE), (tokens, KV_HEADS, SIZE), (tokens, KV_HEADS, SIZE))
     return tuple(torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes)  # type: ignore[return-value]
-
-
-def dense(q: Tensor, k: Tensor, v: Tensor, row: RowParams) -> Tensor:
-    """The definition: token t sees token u if u is of its own segment or of its segment's prompt, and not after it."""
-    used = row.row.used_tokens
-    owner = torch.full((used,), -1)
-    prompt_of = torch.full((used,), -1)
-    number = 0
-    for block in row.row.blocks:
-        prompt = number
-        owner[block.prompt.start : block.prompt.stop] = prompt
-        for response in block.responses:
-            number += 1
-            owner[response.start : response.stop] = number
-            prompt_of[response.start : response.stop] = prompt
-        number += 1
-    seen = (owner[:, None] == owner[None]) | (prompt_of[:, None] == owner[None])
-    seen &= torch.ones(used, used).tril().bool()
-    k, v = (t[:used].repeat_interleave(HEADS // KV_HEADS, 1) for t in (k, v))
-    scores = torch.einsum("qhd,khd->hqk", q[:used], k) / SIZE**0.5
-    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-    return torch.einsum("hqk,khd->qhd", weights, v).flatten(1)
 
 
 def per_segment_kernel(

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from mpo_megatron.benchmarks.plan import LLAMA3_8B, ultrafeedback_like
+from mpo_megatron.benchmarks.models import LLAMA3_8B
+from mpo_megatron.benchmarks.plan import ultrafeedback_like
 from mpo_megatron.planning.memory import chunk_of, largest_stage, stage_memory, step_memory, warmup_passes
 from mpo_megatron.planning.profile import even_groups, plan_rows
 from mpo_megatron.planning.run import FULL, Recompute, Run, different_stages

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from mpo_megatron.benchmarks.plan import LLAMA3_8B
+from mpo_megatron.benchmarks.models import LLAMA3_8B
 from mpo_megatron.errors import ConfigError
 from mpo_megatron.planning.flops import step_flops
 from mpo_megatron.planning.hardware import NETWORK, Machine, find_gpu, known_gpu

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mpo_megatron.benchmarks.plan import LLAMA3_8B, fill, imbalance, ultrafeedback_like
+from mpo_megatron.benchmarks.models import LLAMA3_8B
+from mpo_megatron.benchmarks.plan import fill, imbalance, ultrafeedback_like
 from mpo_megatron.errors import ConfigError
 from mpo_megatron.scheduling.layout import GroupLengths
 from mpo_megatron.scheduling.plan import (
