@@ -75,11 +75,14 @@ def read_pieces(folder: str | Path) -> list[Piece]:
         raise CheckpointError(f"{path} cannot be read ({error}); copy the checkpoint again") from error
 
 
-class BucketReader:
-    """The state of each parameter by the name that Megatron has for it in the form `fully_reshardable`.
+class StateReader:
+    """The optimizer's state in a checkpoint, by the names that it has in the parameters' own shapes.
+
+    `optimizer.state.exp_avg.decoder.final_layernorm.weight`: a checkpoint of the form `fully_reshardable` has it under
+    that name, of one of `dp_reshardable` it is read from the buckets.
 
     Raises:
-        CheckpointError: the file that says where it is is damaged.
+        CheckpointError: the file that says what is in the buckets is damaged.
     """
 
     def __init__(self, reader: CheckpointReader) -> None:
@@ -89,17 +92,49 @@ class BucketReader:
             self._pieces.setdefault(piece.parameter, []).append(piece)
 
     def __contains__(self, name: str) -> bool:
-        return bool(self._find(name)[1])
+        return name in self._reader or bool(self._find(name)[1])
 
-    def __bool__(self) -> bool:
-        return bool(self._pieces)
+    def shape(self, name: str) -> torch.Size:
+        if name in self._reader:
+            return self._reader.shape(name)
+        return torch.Size(self._find(name)[1][0].shape)
 
     def read(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
-        """A box of it, as large as asked for; what lies beyond the stored tensor (the vocabulary's padding) is zero.
+        """A box of it; what lies beyond the stored tensor (the vocabulary's padding) is zero.
 
         Raises:
-            CheckpointError: a part of the box is in no bucket.
+            CheckpointError: it is not there, or a part of the box is in no bucket.
         """
+        if name not in self:
+            raise CheckpointError(f"{self._reader.folder} has no {name}; it is of another model, or damaged")
+        stored = overlap((0,) * len(sizes), self.shape(name), offsets, sizes)
+        result = torch.zeros(tuple(sizes))
+        if stored is None:
+            return result
+        in_whole, in_box = stored
+        there = [part.start for part in in_whole], [part.stop - part.start for part in in_whole]
+        if name in self._reader:
+            result[in_box] = self._reader.read_box(name, *there).to(result.dtype)
+        else:
+            result[in_box] = self._from_buckets(name, *there)
+        return result
+
+    def read_whole(self, name: str, first: Sequence[int] = ()) -> Tensor:
+        """All of it, or of what is stacked the part at these places of the first dimensions."""
+        whole, lead = self.shape(name), len(first)
+        offsets = (*first, *(0 for _ in whole[lead:]))
+        return self.read(name, offsets, (*(1 for _ in first), *whole[lead:])).reshape(whole[lead:])
+
+    def read_flat(
+        self, name: str, offsets: Sequence[int], sizes: Sequence[int], start: int, stop: int
+    ) -> Tensor:
+        """Of a box, row by row, the elements from `start` to `stop`; other rows than theirs are not read."""
+        rows, inner = _rows(sizes)
+        first, last = start // inner, -(-stop // inner)
+        box = self.read(name, *_only(offsets, sizes, rows, first, last))
+        return box.flatten()[start - first * inner : stop - first * inner]
+
+    def _from_buckets(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
         state, pieces = self._find(name)
         result = torch.zeros(tuple(sizes))
         filled = torch.zeros(tuple(sizes), dtype=torch.bool)
@@ -107,25 +142,39 @@ class BucketReader:
             common = overlap(piece.offsets, piece.sizes, offsets, sizes)
             if common is None:
                 continue
-            in_piece, in_box = common
-            count = torch.Size(piece.sizes).numel()
-            flat = self._reader.read_box(f"{piece.bucket}.{state}", (piece.start,), (count,))
-            result[in_box] = flat.view(piece.sizes)[in_piece].to(result.dtype)
+            in_piece, in_box = list(common[0]), common[1]
+            rows, inner = _rows(piece.sizes)
+            first, last = in_piece[rows].start, in_piece[rows].stop
+            flat = self._reader.read_box(
+                f"{piece.bucket}.{state}", (piece.start + first * inner,), ((last - first) * inner,)
+            )
+            shape = list(piece.sizes)
+            shape[rows], in_piece[rows] = last - first, slice(None)
+            result[in_box] = flat.view(shape)[tuple(in_piece)].to(result.dtype)
             filled[in_box] = True
-        stored = overlap((0,) * len(sizes), pieces[0].shape, offsets, sizes) if pieces else None
-        if stored is None or not filled[stored[1]].all():
+        if not filled.all():
             raise CheckpointError(
                 f"{self._reader.folder} has no data for {name} {tuple(offsets)}; it is damaged"
             )
         return result
 
-    def read_whole(self, name: str, first: Sequence[int] = ()) -> Tensor:
-        """All of it, or of what is stacked the part at these places of the first dimensions."""
-        whole, lead = self._find(name)[1][0].shape, len(first)
-        offsets = (*first, *(0 for _ in whole[lead:]))
-        return self.read(name, offsets, (*(1 for _ in first), *whole[lead:])).reshape(whole[lead:])
-
     def _find(self, name: str) -> tuple[str, list[Piece]]:
-        """(which state, the pieces of the parameter)."""
+        """(which state, the pieces of the parameter in buckets)."""
         match = _IN_SHAPE.fullmatch(name)
         return (match[1], self._pieces.get(match[2], [])) if match else ("", [])
+
+
+def _rows(sizes: Sequence[int]) -> tuple[int, int]:
+    """(the first dimension of more than one, the elements of each of its rows)."""
+    rows = next((i for i, size in enumerate(sizes) if size > 1), len(sizes) - 1)
+    return rows, torch.Size(sizes[rows + 1 :]).numel()
+
+
+def _only(
+    offsets: Sequence[int], sizes: Sequence[int], rows: int, first: int, last: int
+) -> tuple[list[int], list[int]]:
+    """(offsets, sizes) of those rows of a box."""
+    new_offsets, new_sizes = list(offsets), list(sizes)
+    new_offsets[rows] += first
+    new_sizes[rows] = last - first
+    return new_offsets, new_sizes

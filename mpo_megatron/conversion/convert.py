@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mpo_megatron.conversion.buckets import BucketReader
+from mpo_megatron.conversion.buckets import StateReader
 from mpo_megatron.conversion.check import check_weights
 from mpo_megatron.conversion.hf_folder import DTYPES, HF_FOLDER, WeightReader, copy_all_but_weights
 from mpo_megatron.conversion.names import Entry, entries
@@ -125,14 +125,14 @@ def export_checkpoint(
     """
     folder = Path(checkpoint)
     reader = CheckpointReader(folder)
-    buckets = BucketReader(reader)
+    state = StateReader(reader)
     source = folder / HF_FOLDER
     architecture = read_architecture(source)
-    found = [(entry, *_find(entry, reader, buckets, architecture, dtype)) for entry in entries(architecture)]
+    found = [(entry, *_find(entry, reader, state, architecture, dtype)) for entry in entries(architecture)]
 
     def tensors(bar: Any) -> Iterator[tuple[str, Tensor]]:
         for entry, name, place in found:
-            value = reader.read(name, place) if name in reader else buckets.read_whole(name, place)
+            value = reader.read(name, place) if name in reader else state.read_whole(name, place)
             joined = entry.kind.join([value], Cut(architecture, value.size(0), 0, 1))
             for hf_name, tensor in zip(entry.hugging_face, joined, strict=True):
                 yield hf_name, tensor
@@ -155,7 +155,7 @@ def _bar(title: str, size: int, shown: bool) -> Any:
 def _find(
     entry: Entry,
     reader: CheckpointReader,
-    buckets: BucketReader,
+    state: StateReader,
     architecture: Architecture,
     dtype: torch.dtype | None,
 ) -> tuple[str, tuple[int, ...]]:
@@ -180,7 +180,7 @@ def _find(
             "its files do not belong together"
         )
     candidates = [f"{prefix}{name}" for prefix in _MASTERS]
-    masters = [master for master in candidates if master in reader or master in buckets]
+    masters = [master for master in candidates if master in state]
     finer = dtype is not None and dtype.itemsize > reader.dtype(name).itemsize
     return masters[0] if finer and masters else name, names[name]
 

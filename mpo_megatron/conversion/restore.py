@@ -11,20 +11,16 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.dict_utils import (
-    dict_list_map_inplace,
-    extract_matching_values,
-    merge,
-    nested_values,
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.serialization import (
+    get_default_load_sharded_strategy,
+    load_content_metadata,
 )
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
-from megatron.core.dist_checkpointing.serialization import load_content_metadata
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from mpo_megatron.conversion.buckets import BucketReader
 from mpo_megatron.conversion.torch_dist import CheckpointReader
 from mpo_megatron.errors import CheckpointError, UserError
 from mpo_megatron.model.provider import GroupModel
@@ -40,8 +36,7 @@ def load_state(
 ) -> dict[str, Any]:
     """Load a sharded state dictionary from a checkpoint; `_extra_state` that it lacks is left out. All ranks call it.
 
-    Of the ranks that want the same tensor one reads it and sends it to the others. The optimizer's state may be asked
-    for in the parameters' shapes where the checkpoint has it in buckets.
+    Of the ranks that want the same tensor one reads it and sends it to the others.
 
     Args:
         extra_state: whether to load what there is of it; a model that only takes weights has no use for it.
@@ -49,25 +44,23 @@ def load_state(
     Raises:
         CheckpointError: the folder is no such checkpoint, is incomplete, or is of another model; on all ranks.
     """
-    strategy, error = None, None
+    reader, error = None, None
     try:
         reader = CheckpointReader(folder)
-        strategy = _Strategy(reader, BucketReader(reader), layout)
     except UserError as caught:
         error = caught
     raise_together(error, layout)
-    assert strategy is not None
+    assert reader is not None
     present = set(reader.objects) if extra_state else set()
     _, wanted = extract_matching_values(
         state,
         lambda v: isinstance(v, ShardedObject) and _EXTRA_STATE in v.key and v.unique_key not in present,
     )
     try:
-        loaded: dict[str, Any] = dist_checkpointing.load(
-            wanted, str(folder), FullyParallelLoadStrategyWrapper(strategy, replicas())
+        strategy = FullyParallelLoadStrategyWrapper(
+            get_default_load_sharded_strategy(str(folder)), replicas()
         )
-    except CheckpointError:
-        raise
+        loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(folder), strategy)
     except (Exception, CheckpointException) as caught:
         # On all ranks, since torch's loader hands a rank's error on to the others; its CheckpointException, which is no
         # Exception, has each rank's.
@@ -97,31 +90,6 @@ def read_content(folder: str | Path, layout: ParallelLayout) -> dict[str, Any] |
             found = [load_content_metadata(str(folder))]
     dist.broadcast_object_list(found, src=0, group=layout.control)
     return found[0]
-
-
-class _Strategy(TorchDistLoadShardedStrategy):
-    """Megatron's, with what the buckets of a checkpoint hold and Megatron does not find there."""
-
-    def __init__(self, reader: CheckpointReader, buckets: BucketReader, layout: ParallelLayout) -> None:
-        super().__init__()
-        self._reader, self._buckets, self._layout = reader, buckets, layout
-
-    def load(self, sharded_state_dict: dict[Any, Any], checkpoint_dir: Any, *options: Any) -> dict[Any, Any]:
-        if not self._buckets:
-            return dict(super().load(sharded_state_dict, checkpoint_dir, *options))
-        from_buckets, others = extract_matching_values(
-            sharded_state_dict,
-            lambda v: isinstance(v, ShardedTensor) and v.key not in self._reader and v.key in self._buckets,
-        )
-        loaded = dict(super().load(others, checkpoint_dir, *options))
-        with raising_together(self._layout):
-            for wanted in nested_values(from_buckets):
-                sizes = (1,) * wanted.prepend_axis_num + tuple(wanted.local_shape)
-                values = self._buckets.read(wanted.key, wanted.global_offset, sizes)
-                wanted.data.copy_(values.view(wanted.data.shape))
-        dict_list_map_inplace(lambda wanted: wanted.data, from_buckets)
-        merged: dict[Any, Any] = merge(loaded, from_buckets)
-        return merged
 
 
 def fill_model(model: nn.Module, state: dict[str, Any], folder: str | Path) -> None:

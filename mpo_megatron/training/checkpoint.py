@@ -10,23 +10,21 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from mpo_megatron.conversion.buckets import Piece, read_pieces
+from mpo_megatron.conversion.buckets import StateReader
 from mpo_megatron.conversion.restore import fill_model, load_state, read_content
+from mpo_megatron.conversion.torch_dist import CheckpointReader
 from mpo_megatron.model.provider import unwrap
 from mpo_megatron.runtime.parallel import ParallelLayout, raising_together
 from mpo_megatron.training.optimizer import load_optimizer
 from mpo_megatron.training.optimizer_state import (
-    BUCKETS,
     FORM,
     WHOLE,
-    call_whole,
     check_kind,
-    pieces,
-    read_buckets_in_shape,
-    sharded_state,
+    is_distributed,
+    read_state,
+    request,
 )
 
 _PREFIX = "step_"
@@ -66,29 +64,19 @@ def load_checkpoint(
     saved = read_content(path, layout)
     with raising_together(layout):
         check_kind(path, saved, optimizer)
-        held = read_pieces(path)
+        state = StateReader(CheckpointReader(path))
     models = sharded_models(chunks)
     form = (saved or {}).get(FORM, WHOLE)
-    reshaped = form == BUCKETS and not _same_buckets(held, optimizer, models, layout)
-    state = sharded_state(optimizer, models, WHOLE if reshaped else form, is_loading=True)
-    if reshaped:
-        read_buckets_in_shape(state, layout.rank)
-    loaded = load_state({**models, "optimizer": state}, path, layout)
+    loaded = load_state({**models, **request(optimizer, models, form, layout.rank)}, path, layout)
     for i, chunk in enumerate(chunks):
         fill_model(unwrap(chunk), loaded[f"model{i}"], path)
-    if reshaped:
-        call_whole(loaded["optimizer"])
     load_optimizer(optimizer, loaded["optimizer"])
+    with raising_together(layout):
+        if is_distributed(optimizer):
+            # Made anew: Megatron has taken the parameters out of the others.
+            read_state(optimizer, sharded_models(chunks), state)
     schedule.load_state_dict(loaded["schedule"])
     return int(loaded["step"])
-
-
-def _same_buckets(held: list[Piece], optimizer: Any, models: dict[str, Any], layout: ParallelLayout) -> bool:
-    """Whether all ranks have each parameter at the place where the checkpoint has it; all call it."""
-    own = pieces(optimizer, models, sharded_state(optimizer, models, BUCKETS, is_loading=True))
-    answers: list[bool] = [False] * layout.world_size
-    dist.all_gather_object(answers, set(own) <= set(held), group=layout.control)
-    return all(answers)
 
 
 def sharded_models(chunks: list[Any]) -> dict[str, Any]:

@@ -60,8 +60,7 @@ def _complete_adam_state(wrapper: Any) -> None:
     """Make Megatron's checkpoints work with torch's Adam, which keeps a `step` tensor for each parameter.
 
     They expect that state to be there when they are saved before the first step or loaded into an optimizer that has
-    not stepped, and the distributed optimizer forgets `step`, which it restores elsewhere, when it copies state back
-    (or, in the form `dp_reshardable`, takes the one from before for it).
+    not stepped, and the distributed optimizer forgets `step`, which it restores elsewhere, when it copies state back.
     """
     state = wrapper.optimizer.state
     for group in wrapper.optimizer.param_groups:
@@ -74,7 +73,7 @@ def _complete_adam_state(wrapper: Any) -> None:
 
         def set_states_and_step(parameter: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
             steps = {"step": next(iter(wrapper.optimizer.state.values()))["step"]}
-            set_states(parameter, tensors | steps)
+            set_states(parameter, steps | tensors)
 
         wrapper._set_main_param_and_optimizer_states = set_states_and_step
 
@@ -97,9 +96,7 @@ def load_optimizer(optimizer: Any, loaded: dict[Any, Any]) -> None:
             group.update({key: present[key] for key in present.keys() - group.keys() - {"params"}})
         if adams and "state" in inner:
             inner["state"].setdefault("common_step", torch.tensor(0.0))
-    # Masters of float32 weights are views of these, which want gradients.
-    with torch.no_grad():
-        optimizer.load_state_dict(loaded)
+    optimizer.load_state_dict(loaded)
     for wrapper in adams:
         for parameter, state in wrapper.optimizer.state.items():
             state["step"] = state["step"].to(parameter.device, copy=True)

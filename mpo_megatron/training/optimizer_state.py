@@ -6,6 +6,9 @@ another number of data-parallel ranks alone; with what `conversion.buckets` writ
 `fully_reshardable`: in the parameters' own shapes, which any layout of Megatron reads, NeMo's and Megatron-LM's own
 included. The first of the ranks that share a parameter's state gathers it, all 12 bytes a parameter, in host memory.
 
+Of either form each rank reads what it needs for its own part of the state, a parameter at a time. (Megatron makes room
+for the whole state on every rank first.)
+
 The plain optimizer has the whole state on each rank, in the parameters' shapes: it needs no form.
 """
 
@@ -13,12 +16,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
 
-from mpo_megatron.conversion.buckets import Piece
+from mpo_megatron.conversion.buckets import Piece, StateReader
 from mpo_megatron.errors import CheckpointError
 
 BUCKETS = "dp_reshardable"
@@ -60,17 +65,13 @@ def check_kind(path: Path, saved: dict[str, Any] | None, optimizer: Any) -> None
         )
 
 
-def sharded_state(
-    optimizer: Any, models: dict[str, Any], form: str, *, is_loading: bool = False
-) -> dict[Any, Any]:
-    """The optimizer's sharded state dictionary; with WHOLE, all ranks gather it when they save.
+def sharded_state(optimizer: Any, models: dict[str, Any], form: str) -> dict[Any, Any]:
+    """The optimizer's sharded state dictionary, to save it; with WHOLE, all ranks gather it.
 
     Args:
         models: sharded state dictionaries of the model chunks.
     """
-    found: dict[Any, Any] = optimizer.sharded_state_dict(
-        models, is_loading=is_loading, metadata=content(optimizer, form)
-    )
+    found: dict[Any, Any] = optimizer.sharded_state_dict(models, metadata=content(optimizer, form))
     if is_distributed(optimizer) and form == BUCKETS:
         _cut_padding(found)
     return found
@@ -95,9 +96,7 @@ def pieces(optimizer: Any, models: dict[str, Any], state: dict[Any, Any]) -> lis
         models: sharded state dictionaries of the model chunks.
         state: of the form BUCKETS, from `sharded_state`.
     """
-    sharded, _ = extract_sharded_tensors_and_factories(models)
-    named = {id(one.data): one for one in nested_values(sharded)}
-    found = []
+    named, found = _by_parameter(models), []
     for part, own in zip(_parts(optimizer), _states(state), strict=True):
         if part.data_parallel_group.rank():
             continue
@@ -124,26 +123,75 @@ def _pieces(sharded: ShardedTensor | ShardedTensorFactory, bucket: str, start: i
         )
 
 
-def read_buckets_in_shape(state: dict[Any, Any], rank: int) -> None:
-    """Make a request for WHOLE, from `sharded_state`, one that a checkpoint of BUCKETS answers.
+def request(optimizer: Any, models: dict[str, Any], form: str, rank: int) -> dict[str, Any]:
+    """What to ask Megatron for when a checkpoint is loaded: all of a plain optimizer.
 
-    What is not of a parameter (steps and hyper-parameters) is an object there, of each model-parallel rank the same.
+    Of a distributed one what is not of a parameter: steps and hyper-parameters, which are the same on all ranks. With
+    BUCKETS they are an object of each model-parallel rank, with WHOLE they come without being asked for.
 
     Args:
+        models: sharded state dictionaries of the model chunks.
         rank: among all.
     """
-    several = 0 in state
-    for number, own in enumerate(_states(state)):
-        prefix = f"chained_{number}." if several else ""
-        for key in own.keys() & {"optimizer", "grad_scaler"}:
-            name = f"{prefix}optimizer.distributed.dp_group_idx_0.{key}"
-            own[key] = ShardedObject(name, None, (1,), (0,), replica_id=rank)
+    if not is_distributed(optimizer):
+        return {"optimizer": optimizer.sharded_state_dict(models, is_loading=True)}
+    if form == WHOLE:
+        return {}
+    groups = [
+        {"optimizer": ShardedObject(f"{prefix}optimizer.distributed.dp_group_idx_0.optimizer", None, (1,), (0,), rank)}
+        for prefix in _prefixes(optimizer)
+    ]  # fmt: skip
+    return {"optimizer": groups[0] if len(groups) == 1 else dict(enumerate(groups))}
 
 
-def call_whole(loaded: dict[Any, Any]) -> None:
-    """Say of a loaded state that it is WHOLE, whatever the checkpoint was."""
-    for own in _states(loaded):
-        own["param_state_sharding_type"] = WHOLE
+@torch.no_grad()
+def read_state(optimizer: Any, models: dict[str, Any], reader: StateReader) -> None:
+    """Read this rank's part of the distributed optimizer's masters and moments, of either form.
+
+    Args:
+        models: sharded state dictionaries of the model chunks.
+
+    Raises:
+        CheckpointError: some of it is not there.
+    """
+    named = _by_parameter(models)
+    for part, prefix in zip(_parts(optimizer), _prefixes(optimizer), strict=True):
+        for parameter, own in _own_parameters(part):
+            boxes = list(_pieces(named[id(parameter)], "", 0))
+            tensors: dict[str, Tensor] = {}
+            for key in part._get_main_param_and_optimizer_states(parameter).keys() - {"step"}:
+                values = torch.zeros(own.end - own.start)
+                for box in boxes:
+                    low = max(own.start, box.start)
+                    high = min(own.end, box.start + torch.Size(box.sizes).numel())
+                    if low < high:
+                        values[low - own.start : high - own.start] = reader.read_flat(
+                            f"{prefix}optimizer.state.{key}.{box.parameter}",
+                            box.offsets, box.sizes, low - box.start, high - box.start,
+                        )  # fmt: skip
+                tensors[key] = values
+            part._set_main_param_and_optimizer_states(parameter, tensors)
+
+
+def _own_parameters(part: DistributedOptimizer) -> Iterator[tuple[torch.nn.Parameter, Any]]:
+    """The parameters of which this rank has a part, and which: a range of their elements, row by row."""
+    for ranges in part.gbuf_ranges:
+        for buckets in ranges.values():
+            for bucket in buckets:
+                for parameter, places in bucket["param_map"].items():
+                    yield parameter, places["param"]
+
+
+def _by_parameter(models: dict[str, Any]) -> dict[int, ShardedTensor | ShardedTensorFactory]:
+    """What Megatron says of each parameter in a checkpoint, by the parameter's id."""
+    sharded, _ = extract_sharded_tensors_and_factories(models)
+    return {id(one.data): one for one in nested_values(sharded)}
+
+
+def _prefixes(optimizer: Any) -> list[str]:
+    """Of the names of each part's state."""
+    count = len(_parts(optimizer))
+    return [""] if count == 1 else [f"chained_{number}." for number in range(count)]
 
 
 def _parts(optimizer: Any) -> list[Any]:
