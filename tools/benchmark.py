@@ -1,6 +1,6 @@
 """Measure what this project claims: one sub-command a claim.
 
-    python tools/benchmark.py shared-prompt|trl|two-pass|plan|head|attention|mfu|convert
+    python tools/benchmark.py shared-prompt|trl|two-pass|plan|head|attention|mfu|convert|checkpoint
                               [--quick] [--repeats N] [--threads N] ...
     python tools/benchmark.py all --output FILE [--quick] ...
 
@@ -29,6 +29,7 @@ BENCHMARKS = {
     "attention": "the attention backends beside each other",
     "mfu": "model FLOPs utilisation of training steps on layers of Llama 3 8B",
     "convert": "memory of checkpoint conversion against its bound",
+    "checkpoint": "memory of writing and reading a run's checkpoints, by form",
 }
 MARKER = "<!-- benchmarks -->"
 

@@ -94,12 +94,19 @@ class _LiveStorages(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor):
-                self.known.add(tensor.untyped_storage()._cdata)
+                self._seen(tensor.untyped_storage())
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._made(tensor.untyped_storage())
         return result
+
+    def _seen(self, storage: torch.UntypedStorage) -> None:
+        """One from before; a new one may come to its address when it is freed."""
+        key = storage._cdata
+        if key not in self.known:
+            self.known.add(key)
+            weakref.finalize(storage, self.known.discard, key)
 
     def _made(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()

@@ -1,5 +1,7 @@
 """Architectures that the benchmarks measure."""
 
+from typing import Any
+
 from mpo_megatron.model.architecture import Architecture, architecture_of
 
 LLAMA3_8B = Architecture(
@@ -19,19 +21,24 @@ LLAMA3_8B = Architecture(
 )
 
 
-def small_llama(*, hidden: int, layers: int, vocab: int, max_positions: int) -> Architecture:
-    """A Llama of the usual proportions: heads of 64, half as many key-value heads, feed-forward 3 x hidden."""
+def small_config(*, hidden: int, layers: int, vocab: int, max_positions: int) -> Any:
+    """Of a Llama of the usual proportions: heads of 64, half as many key-value heads, feed-forward 3 x hidden."""
     from transformers import LlamaConfig
 
+    return LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=max(1, hidden // 128),
+        vocab_size=vocab,
+        max_position_embeddings=max_positions,
+        tie_word_embeddings=False,
+    )
+
+
+def small_llama(*, hidden: int, layers: int, vocab: int, max_positions: int) -> Architecture:
+    """The architecture of `small_config`."""
     return architecture_of(
-        LlamaConfig(
-            hidden_size=hidden,
-            intermediate_size=3 * hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=hidden // 64,
-            num_key_value_heads=max(1, hidden // 128),
-            vocab_size=vocab,
-            max_position_embeddings=max_positions,
-            tie_word_embeddings=False,
-        )
+        small_config(hidden=hidden, layers=layers, vocab=vocab, max_positions=max_positions)
     )

@@ -40,6 +40,18 @@ def test_peak_bytes_forgets_what_is_freed() -> None:
     assert peak_bytes(lambda: x.add_(1)) == 0
 
 
+def test_peak_bytes_counts_at_an_address_that_was_another_tensors() -> None:
+    held = [torch.zeros(100_000) for _ in range(20)]
+
+    def call() -> list[torch.Tensor]:
+        for tensor in held:
+            tensor.add_(1)
+        held.clear()
+        return [torch.zeros(100_000) for _ in range(20)]
+
+    assert peak_bytes(call) == 20 * 400_000
+
+
 def test_sides_take_turns() -> None:
     calls: list[str] = []
     seconds = compare({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=2, warm_up=1)
