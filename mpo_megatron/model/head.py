@@ -22,7 +22,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
 
-from mpo_megatron.model.products import full_product
+from mpo_megatron.model.products import add_product_, full_product
 from mpo_megatron.ragged.reads import read
 from mpo_megatron.ragged.segments import segment_sum
 from mpo_megatron.scheduling.pack import PackedRow
@@ -42,14 +42,36 @@ class _TokenLogProbs(torch.autograd.Function):
     backward pass knows it and goes through the vocabulary in blocks instead: each block's part of the weight's
     gradient comes from one product over all positions, in its final place. Either way at most chunk * V logits exist
     at a time; on a CPU fewer, since its cache holds fewer.
+
+    With `into_main_grad` that place is the sum over the step's rows that Megatron's DistributedDataParallel has for the
+    weight, and autograd is given a gradient without elements. What else uses the weight, as a tied embedding does,
+    adds its own.
+
+    Args (of `apply`):
+        hidden: [N, H].
+        weight: [V, H], the parameter itself.
+        targets: [N] int32, rows of the whole vocabulary.
+        first_row: of this rank.
+        group: of the ranks that share the vocabulary.
+        chunk: positions whose logits exist at a time.
+        rows: how many of the V rows are of the vocabulary; the others are padding.
+        into_main_grad: where the weight has a `main_grad`.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, first_row: int, group: Any, chunk: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        first_row: int,
+        group: Any,
+        chunk: int,
+        rows: int,
+        into_main_grad: bool,
     ) -> Tensor:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        size, rows = targets.numel(), weight.size(0)
+        size = targets.numel()
         # Log-normaliser over this rank's rows, and the target's logit where this rank holds it.
         partial = hidden.new_full((size,), torch.finfo(dtype).min, dtype=dtype)
         logit = hidden.new_zeros((size,), dtype=dtype)
@@ -70,15 +92,22 @@ class _TokenLogProbs(torch.autograd.Function):
         else:
             normaliser = partial
         ctx.save_for_backward(hidden, weight, targets, normaliser)
-        ctx.first_row, ctx.chunk = first_row, chunk
+        ctx.first_row, ctx.chunk, ctx.rows = first_row, chunk, rows
+        ctx.parameter = weight if into_main_grad and hasattr(weight, "main_grad") else None
         return logit - normaliser
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, normaliser = ctx.saved_tensors
-        size, rows = targets.numel(), weight.size(0)
+        size, rows = targets.numel(), ctx.rows
         grad_hidden = torch.zeros_like(hidden, dtype=normaliser.dtype)
-        grad_weight = torch.empty_like(weight) if size else torch.zeros_like(weight)
+        if ctx.parameter is None:
+            grad_weight = weight_sum = torch.empty_like(weight)
+            weight_sum[rows if size else 0 :] = 0
+        else:
+            weight_sum, grad_weight = ctx.parameter.main_grad, _no_elements(weight)
+            # For Megatron's hook, which else would add what autograd has been given.
+            ctx.parameter.grad_added_to_main_grad = True
         block = max(1, min(ctx.chunk * rows // max(size, 1), _columns(hidden, rows)))
         for part in _chunks(rows if size else 0, block):
             logits = full_product(hidden, weight[part].t())
@@ -88,9 +117,18 @@ class _TokenLogProbs(torch.autograd.Function):
             # One target a row: what is read, changed and written back needs no atomic addition.
             d_logits.scatter_(1, local, d_logits.gather(1, local) + (grad * here)[:, None])
             d_logits = d_logits.to(weight.dtype)
-            grad_hidden += d_logits @ weight[part]
-            torch.mm(d_logits.t(), hidden, out=grad_weight[part])
-        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None
+            add_product_(grad_hidden, d_logits, weight[part])
+            if ctx.parameter is None:
+                torch.mm(d_logits.t(), hidden, out=weight_sum[part])
+            else:
+                add_product_(weight_sum[part], d_logits.t(), hidden)
+        return grad_hidden.to(hidden.dtype), grad_weight, *[None] * 6
+
+
+def _no_elements(like: Tensor) -> Tensor:
+    """A gradient of that shape that holds nothing and adds nothing. As zeros it would be as large as the weight."""
+    indices = torch.empty((like.dim(), 0), dtype=torch.int64, device=like.device)
+    return torch.sparse_coo_tensor(indices, like.new_empty(0), like.shape, check_invariants=False)
 
 
 def _local_targets(targets: Tensor, first_row: int, rows: int) -> tuple[Tensor, Tensor]:
@@ -135,17 +173,26 @@ class ResponseHead(tensor_parallel.ColumnParallelLinear):
     row: PackedRow
     vocab_size: int
     chunk_size: int
+    into_main_grad: bool
 
     @classmethod
-    def take_over(cls, layer: tensor_parallel.ColumnParallelLinear, vocab_size: int, chunk_size: int) -> None:
+    def take_over(
+        cls,
+        layer: tensor_parallel.ColumnParallelLinear,
+        vocab_size: int,
+        chunk_size: int,
+        into_main_grad: bool = True,
+    ) -> None:
         """Turn a model's output layer into a response head, in place.
 
         Args:
             layer: the `output_layer` of a GPTModel.
             vocab_size: the vocabulary without padding.
             chunk_size: positions whose logits exist at a time.
+            into_main_grad: where Megatron's DistributedDataParallel has a sum of the weight's gradients, add to it.
         """
         layer.__class__ = cls
+        layer.into_main_grad = into_main_grad
         layer.vocab_size = vocab_size
         layer.chunk_size = chunk_size
 
@@ -171,7 +218,7 @@ class ResponseHead(tensor_parallel.ColumnParallelLinear):
         real = max(0, min(weight.size(0), self.vocab_size - first))
         predicting = read(hidden.squeeze(1), row.reads)
         token_logps = _TokenLogProbs.apply(
-            predicting, weight[:real], row.targets, first, self.tp_group, self.chunk_size
+            predicting, weight, row.targets, first, self.tp_group, self.chunk_size, real, self.into_main_grad
         )
         # In float64, which costs nothing here: a thousand float32 additions would lose what precise logits win.
         sums = segment_sum(token_logps.double(), row.by_response).to(token_logps.dtype)

@@ -35,6 +35,16 @@ def full_product(left: Tensor, right: Tensor) -> Tensor:
     return product
 
 
+def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total [n, m] += left [n, k] @ right [k, m], added in the type of `total`: that of the factors, or float32."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif left.device.type == "cuda" and _OUT_DTYPE:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total += full_product(left, right)
+
+
 @contextlib.contextmanager
 def _bf16_instructions() -> Iterator[None]:
     """Have a CPU multiply float32 matrices as bf16 ones and add in float32, where torch (>= 2.9) can be told so."""

@@ -56,7 +56,7 @@ class ModelOptions:
     dtype: torch.dtype = torch.float32
     sequence_parallel: bool = False
     transformer_engine: bool = False  # the layers come from Transformer Engine
-    # Its products add weight gradients to the float32 sums of the step themselves.
+    # Products of its layers and of the response head add weight gradients to the step's float32 sums themselves.
     fuse_weight_gradients: bool = True
     fp8: Fp8 | None = None  # of Transformer Engine's products; None: none
     attention_backend: str = "sdpa"  # te | varlen | sdpa
@@ -73,20 +73,28 @@ class GroupModel(GPTModel):
     """GPTModel whose input is a packed row and whose last stage returns log-probability sums."""
 
     @classmethod
-    def take_over(cls, model: GPTModel, vocab_size: int, *, head_chunk_size: int = 1024) -> "GroupModel":
+    def take_over(
+        cls,
+        model: GPTModel,
+        vocab_size: int,
+        *,
+        head_chunk_size: int = 1024,
+        fuse_weight_gradients: bool = True,
+    ) -> "GroupModel":
         """Turn a GPTModel into a GroupModel, in place: same parameters, same names in checkpoints.
 
         Args:
             model: with rotary positions and a spec of `use_shared_prompts`, before it is wrapped.
             vocab_size: the vocabulary without padding.
             head_chunk_size: positions whose logits exist at a time.
+            fuse_weight_gradients: see `ResponseHead.take_over`.
         """
         assert model.position_embedding_type == "rope", model.position_embedding_type
         model.__class__ = cls
         rotary = model.rotary_pos_emb
         model.rotary_pos_emb = PositionRotaryEmbedding(rotary.inv_freq.tolist(), rotary.inv_freq.device)
         if model.post_process:
-            ResponseHead.take_over(model.output_layer, vocab_size, head_chunk_size)
+            ResponseHead.take_over(model.output_layer, vocab_size, head_chunk_size, fuse_weight_gradients)
         return model
 
     def forward(self, row: PackedRow) -> Tensor:
@@ -281,7 +289,12 @@ def _build_chunk(
         position_embedding_type="rope",
         vp_stage=vp_stage,
     )
-    GroupModel.take_over(model, architecture.vocab_size, head_chunk_size=options.head_chunk_size)
+    GroupModel.take_over(
+        model,
+        architecture.vocab_size,
+        head_chunk_size=options.head_chunk_size,
+        fuse_weight_gradients=options.fuse_weight_gradients,
+    )
     model.rotary_pos_emb = PositionRotaryEmbedding(architecture.inverse_frequencies, layout.device)
     _mark_tensor_parallel(model)
     _mark_experts(model)

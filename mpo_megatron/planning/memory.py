@@ -120,16 +120,17 @@ def chunk_of(run: Run, k: int) -> int:
 def _temporary(a: Architecture, run: Run, shape: StepShape, stage: int, in_flight: int) -> int:
     """What is neither kept by autograd nor there all the time, at the largest of three moments.
 
-    The head's backward pass: logits of a chunk in float32 and as operands of a product, the weight's gradient, and the
-    gradient of the predicting states in float32. A layer's: gradients of the feed-forward part's first product and
-    second's input, the gathered input, and the largest weight's gradient. Between them what the pipeline's schedule
-    holds: each pass's input and output.
+    The head's backward pass: logits of a chunk in float32 and as operands of a product, and the gradient of the
+    predicting states in float32. A layer's: gradients of the feed-forward part's first product and second's input, the
+    gathered input, the largest weight's gradient, and keys and values as the segments read them with their gradients,
+    of which shared ones are summed in float32. Between them what the pipeline's schedule holds: each pass's input and
+    output.
     """
     row, e = shape.largest, run.element
     h, f = a.hidden_size, a.ffn_hidden_size // run.tp
     routed = row.tokens * (1 if a.experts is None else a.experts.per_token)
     layer = routed * 3 * f * e + 2 * row.tokens * h * e + 2 * h * f * e
-    layer += row.keys * 2 * a.num_kv_heads * a.head_dim // run.tp * e
+    layer += row.keys * a.num_kv_heads * a.head_dim // run.tp * (4 * e + _FLOAT32)
     held = 0
     if run.pp > 1:
         held = in_flight * 2 * row.tokens // run.sequence_ranks * h * e
@@ -137,5 +138,5 @@ def _temporary(a: Architecture, run: Run, shape: StepShape, stage: int, in_fligh
     if stage == run.pp - 1:
         rows = a.padded_vocab_size(run.vocab_multiple, run.tp) // run.tp
         logits = min(run.head_chunk, max(row.predicted, 1)) * rows * (_FLOAT32 + e)
-        head = logits + rows * h * e + row.predicted * h * (_FLOAT32 + e) + 2 * row.tokens * h * e
+        head = logits + row.predicted * h * (_FLOAT32 + e) + 2 * row.tokens * h * e
     return max(layer, head) + held

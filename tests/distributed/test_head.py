@@ -22,7 +22,7 @@ def head_case(dtype: torch.dtype, chunk: int, padded: int) -> tuple[torch.Tensor
     first = rank * rows
     shard = weight[first : min(first + rows, V)].clone().requires_grad_()
     hidden.requires_grad_()
-    logps = _TokenLogProbs.apply(hidden, shard, targets, first, dist.group.WORLD, chunk)
+    logps = _TokenLogProbs.apply(hidden, shard, targets, first, dist.group.WORLD, chunk, len(shard), False)
     logps.backward(upstream)
     assert hidden.grad is not None
     assert shard.grad is not None
@@ -219,6 +219,46 @@ def test_gradients_of_shared_hidden_states(ranks: Any) -> None:
         torch.testing.assert_close(found, wanted, rtol=places, atol=places / 10)
 
 
+def into_main_grad_case(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum of a weight's gradients after two rows and one without tokens, and what it has to be. Rows of padding
+    stay as they were, and autograd is given no elements.
+    """
+    from mpo_megatron.model.head import _TokenLogProbs
+
+    hidden, weight, targets, upstream = problem(dtype)
+    padded = torch.cat((weight, torch.ones(3, weight.size(1), dtype=dtype)))
+    total = torch.promote_types(dtype, torch.float32)
+    found, wanted = padded.clone().requires_grad_(), padded.clone().requires_grad_()
+    before = torch.linspace(0, 1, padded.numel(), dtype=total).view(padded.shape)
+    found.main_grad, found.grad_added_to_main_grad = before.clone(), False  # type: ignore[attr-defined]
+    sums = before.clone()
+    for scale, tokens in ((1.0, N), (-0.5, N), (1.0, 0)):
+        for parameter, fused in ((found, True), (wanted, False)):
+            parameter.grad = None
+            logps = _TokenLogProbs.apply(
+                (hidden[:tokens] * scale).requires_grad_(), parameter, targets[:tokens], 0, dist.group.WORLD, 8,
+                len(weight), fused,
+            )  # fmt: skip
+            logps.backward(upstream[:tokens])
+        assert found.grad is not None
+        assert found.grad.is_sparse
+        assert found.grad._nnz() == 0
+        assert wanted.grad is not None
+        sums += wanted.grad
+    assert found.grad_added_to_main_grad  # type: ignore[attr-defined]
+    assert torch.equal(found.main_grad[len(weight) :], before[len(weight) :])  # type: ignore[attr-defined]
+    return found.main_grad, sums  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_gradients_go_into_the_sum_of_the_step(dtype: torch.dtype, ranks: Any) -> None:
+    ((found, wanted),) = ranks(1).run(into_main_grad_case, dtype)
+    # Without the sum autograd's gradient is rounded to bf16.
+    places = 1e-12 if dtype == torch.float64 else 1e-2
+    torch.testing.assert_close(found, wanted, rtol=places, atol=places)
+    assert (found != torch.linspace(0, 1, found.numel(), dtype=found.dtype).view(found.shape)).any()
+
+
 def saved_bytes_case() -> tuple[int, int]:
     """(bytes kept for the backward pass beside inputs, N)."""
     from mpo_megatron.model.head import _TokenLogProbs
@@ -235,7 +275,7 @@ def saved_bytes_case() -> tuple[int, int]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        _TokenLogProbs.apply(hidden, weight, targets, 0, dist.group.WORLD, 8)
+        _TokenLogProbs.apply(hidden, weight, targets, 0, dist.group.WORLD, 8, len(weight), True)
     return sum(kept.values()), N
 
 

@@ -30,11 +30,14 @@ RTOL = 1e-10
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 FIRST, LAST = "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"
 SELECTIVE = {"recompute_granularity": "selective"}
+UNFUSED = {"fuse_weight_gradients": False}
 CASES = {
     "one rank": (1, Layout()),
+    "one rank, gradients not fused": (1, Layout(options=UNFUSED)),
     "one rank, full recompute": (1, Layout(options=FULL)),
     "one rank, selective recompute": (1, Layout(options=SELECTIVE)),
     "tp2": (2, Layout(tp=2)),
+    "tp2, gradients not fused": (2, Layout(tp=2, options=UNFUSED)),
     "tp2, repeated prompts": (2, Layout(tp=2, shared_prompt=False)),
     "tp2, no sequence parallelism": (2, Layout(tp=2, options={"sequence_parallel": False})),
     "tp2, a shard of padding alone": (2, Layout(tp=2, options={"make_vocab_size_divisible_by": 512})),
