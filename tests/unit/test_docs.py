@@ -1,6 +1,7 @@
 """docs/ builds without a warning, and what its pages name is there: links, keys, files, sentences, shapes of data."""
 
 import ast
+import html
 import json
 import os
 import re
@@ -68,6 +69,18 @@ def test_the_pages_build_without_a_warning(built: tuple[Path, str]) -> None:
         # In the navigation of every page.
         home = (site / "index.html").read_text(encoding="utf-8")
         assert page.stem == "index" or f'href="{page.stem}/"' in home
+
+
+def test_examples_are_shown_where_a_page_includes_them(built: tuple[Path, str]) -> None:
+    """ruff formats Python in Markdown, and once made another thing of the line that includes a file."""
+    site, _ = built
+    page = html.unescape(
+        re.sub("<[^>]+>", "", (site / "extending" / "index.html").read_text(encoding="utf-8"))
+    )
+    example = (ROOT / "examples" / "own_objective.py").read_text(encoding="utf-8")
+    functions = re.findall(r"^def .*$", example, re.MULTILINE)
+    assert functions
+    assert all(line in page for line in functions)
 
 
 def test_external_links_are_listed_and_not_fetched(built: tuple[Path, str]) -> None:
