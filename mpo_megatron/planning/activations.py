@@ -2,9 +2,9 @@
 
 Korthikanti et al. 2022 (arXiv 2205.05198, section 4) count 34 t h bytes of a GPT layer in 16 bits beside its scores.
 The same list is made here for what these layers keep: RMSNorm, grouped queries, SwiGLU, no dropout (so no masks of it),
-attention that keeps no scores, and its keys and values once. Sequence parallelism divides what
-their table divides. Each term below is a tensor; what is saved was read off `torch.autograd.graph.saved_tensors_hooks`
-and a test compares the sums.
+attention that keeps no scores, and its keys and values once. Sequence parallelism divides what their table divides.
+Each term below is a tensor; what is saved was read off `torch.autograd.graph.saved_tensors_hooks` and a test compares
+the sums.
 
 Shapes: t tokens that the rank holds, s = t / TP of them under sequence parallelism, e bytes of an element, H hidden
 size, Q and K sizes of all queries and of all keys, F feed-forward size, both on a tensor-parallel rank.
