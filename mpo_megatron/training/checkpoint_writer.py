@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from mpo_megatron.conversion.buckets import Piece, write_pieces
 from mpo_megatron.conversion.hf_folder import HF_FOLDER, copy_all_but_weights
 from mpo_megatron.conversion.restore import replicas
+from mpo_megatron.conversion.torch_dist import CheckpointReader
 from mpo_megatron.errors import CheckpointError
 from mpo_megatron.runtime.parallel import ParallelLayout, raise_together, raising_together
 from mpo_megatron.runtime.publish import cannot_write, replace
@@ -138,6 +139,7 @@ class CheckpointWriter:
         self._under_way = None
         with self._together(under_way.final):
             if self._layout.is_main:
+                _check_whole(under_way)
                 replace(under_way.temporary, under_way.final)
         return under_way.final
 
@@ -192,6 +194,17 @@ class CheckpointWriter:
             found = [[] for _ in range(self._layout.world_size)]
         dist.gather_object(own, found, group=self._layout.control)
         return [item for items in found or [] for item in items]
+
+
+def _check_whole(written: _UnderWay) -> None:
+    """Check that all files are there, and as long as what the checkpoint says is in them."""
+    try:
+        CheckpointReader(written.temporary)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{written.final} is not whole though it was written without an error ({error}); the checkpoints before it "
+            "are: mend the storage, and resume"
+        ) from error
 
 
 def _queue(device: torch.device) -> tuple[Any, dict[str, str]]:

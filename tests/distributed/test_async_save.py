@@ -136,6 +136,37 @@ def test_a_part_that_was_not_written_stops_all_ranks_and_the_next_is_whole(
     assert torch.equal(found[0], expected[0])
 
 
+def lose_the_end_of_a_file(folder: Path, save: Path) -> str:
+    """A checkpoint of which the storage has lost a byte when it is complete. Returns the error."""
+    from mpo_megatron.training.checkpoint_writer import CheckpointWriter
+
+    model = build(folder, SIZES, DISTRIBUTED)
+    writer = CheckpointWriter(save, model.layout, asynchronous=True)
+    process = start(writer, model, 1, folder)
+    os.kill(process, signal.SIGCONT)
+    writer._queue.async_calls[0].async_caller.process.join()
+    if model.layout.rank == 1:
+        (path,) = save.glob(".step_0000001-*/__1_0.distcp")
+        os.truncate(path, path.stat().st_size - 1)
+    try:
+        writer.finish()
+    except CheckpointError as caught:
+        return str(caught)
+    finally:
+        writer.close()
+    return ""
+
+
+def test_a_checkpoint_that_is_not_whole_gets_no_name(folder: Path, ranks: Any, tmp_path: Path) -> None:
+    first, second = ranks(2).run(lose_the_end_of_a_file, folder, tmp_path)
+    assert first == second
+    assert first.startswith(
+        f"{tmp_path / 'step_0000001'} is not whole though it was written without an error ("
+    )
+    assert "__1_0.distcp is cut off" in first
+    assert names(tmp_path) == {".step_0000001"}
+
+
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("inputs")
