@@ -114,10 +114,24 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.999)  # decay of the first and of the second moment
     eps: float = 1e-8  # added to the root of the second moment
     distributed: bool = True  # share the optimizer state among the data-parallel ranks
+    # Sum gradients over the replicas while others are computed; null: on GPUs.
+    overlap_grad_reduce: bool | None = None
+    # Fetch the weights that other replicas have updated while others are used; takes optim.distributed and
+    # overlap_grad_reduce; null: on GPUs with these.
+    overlap_param_gather: bool | None = None
     # Where the float32 masters of bf16 weights begin: auto (at the starting model's own values, within their rounding;
     # see docs/master-weights.md) | rounded (at the bf16 weights).
     master_weights: str = "auto"
     sched: SchedConfig = field(default_factory=SchedConfig)
+
+    def overlap(self, on_gpus: bool) -> tuple[bool, bool]:
+        """(overlap_grad_reduce, overlap_param_gather), with what is left open settled."""
+        reduce, gather = self.overlap_grad_reduce, self.overlap_param_gather
+        if reduce is None:
+            reduce = on_gpus or bool(gather)
+        if gather is None:
+            gather = on_gpus and reduce and self.distributed
+        return reduce, gather
 
 
 @dataclass(frozen=True)
@@ -345,7 +359,7 @@ def _check_missing(merged: DictConfig) -> None:
 def _check(config: Config) -> None:
     """Rules on single values and between them."""
     trainer, model = config.trainer, config.model
-    mpo, optim, data = model.mpo, model.optim, model.data
+    mpo, data = model.mpo, model.data
 
     _one_of("trainer.accelerator", trainer.accelerator, ("auto", "gpu", "cpu"))
     _one_of("trainer.precision", config.precision, ("bf16", "32"))
@@ -356,8 +370,6 @@ def _check(config: Config) -> None:
         _one_of("model.export_dtype", model.export_dtype, ("bf16", "float32"))
     if mpo.reference is not None:
         _one_of("model.mpo.reference", mpo.reference, ("cached", "none"))
-    _one_of("model.optim.master_weights", optim.master_weights, ("auto", "rounded"))
-    _one_of("model.optim.sched.name", optim.sched.name, ("CosineAnnealing", "Linear", "Constant"))
     _one_of("model.data.truncation", data.truncation, ("error", "skip", "left"))
     if model.activations_checkpoint_granularity is not None:
         _one_of(
@@ -394,6 +406,7 @@ def _check(config: Config) -> None:
         )
 
     _check_pipeline(model)
+    _check_optim(model.optim)
     _check_checkpoints(config)
     _check_profile(model)
     if model.export_at_save and not trainer.save_interval and not trainer.save_at_end:
@@ -409,13 +422,24 @@ def _check(config: Config) -> None:
     for name, value, least in (
         ("trainer.limit_val_batches", trainer.limit_val_batches, 1),
         ("trainer.devices", trainer.devices, 1),
-        ("model.optim.sched.warmup_steps", optim.sched.warmup_steps, 0),
     ):
         if value is not None:
             _at_least(name, value, least)
+    _at_least("model.mpo.sft_weight", mpo.sft_weight, 0)
+    _at_least("model.data.max_prompt_length", data.max_prompt_length, 1)
+    _at_least("model.data.prefetch_factor", data.prefetch_factor, 0)
+    if data.max_length <= data.max_prompt_length:
+        raise ConfigError(
+            f"model.data.max_length={data.max_length} leaves no room for a response after a prompt of "
+            f"model.data.max_prompt_length={data.max_prompt_length} tokens; raise the first or lower the second"
+        )
+
+
+def _check_optim(optim: OptimConfig) -> None:
+    _one_of("model.optim.master_weights", optim.master_weights, ("auto", "rounded"))
+    _one_of("model.optim.sched.name", optim.sched.name, ("CosineAnnealing", "Linear", "Constant"))
     _at_least("model.optim.weight_decay", optim.weight_decay, 0)
     _positive("model.optim.eps", optim.eps)
-    _at_least("model.mpo.sft_weight", mpo.sft_weight, 0)
     _positive("model.optim.lr", optim.lr)
     _at_least("model.optim.sched.min_lr", optim.sched.min_lr, 0)
     if optim.sched.min_lr > optim.lr:
@@ -428,12 +452,17 @@ def _check(config: Config) -> None:
         )
     if not all(0 <= b < 1 for b in optim.betas):
         raise ConfigError(f"model.optim.betas={list(optim.betas)} must be in [0, 1)")
-    _at_least("model.data.max_prompt_length", data.max_prompt_length, 1)
-    _at_least("model.data.prefetch_factor", data.prefetch_factor, 0)
-    if data.max_length <= data.max_prompt_length:
+    if optim.sched.warmup_steps is not None:
+        _at_least("model.optim.sched.warmup_steps", optim.sched.warmup_steps, 0)
+    if optim.overlap_param_gather and not optim.distributed:
         raise ConfigError(
-            f"model.data.max_length={data.max_length} leaves no room for a response after a prompt of "
-            f"model.data.max_prompt_length={data.max_prompt_length} tokens; raise the first or lower the second"
+            "model.optim.overlap_param_gather=true is of the distributed optimizer, whose replicas each update a part "
+            "of the weights; set model.optim.distributed=true, or remove it"
+        )
+    if optim.overlap_param_gather and optim.overlap_grad_reduce is False:
+        raise ConfigError(
+            "model.optim.overlap_param_gather=true takes the buckets of model.optim.overlap_grad_reduce, which is "
+            "false; remove one of them"
         )
 
 

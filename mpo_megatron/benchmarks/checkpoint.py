@@ -35,7 +35,8 @@ from mpo_megatron.runtime.parallel import ParallelLayout, initialize, shutdown
 from mpo_megatron.training import optimizer_state
 from mpo_megatron.training.checkpoint import latest_checkpoint, load_checkpoint
 from mpo_megatron.training.checkpoint_writer import CheckpointWriter
-from mpo_megatron.training.optimizer import build_optimizer, build_schedule, wrap_data_parallel
+from mpo_megatron.training.data_parallel import DataParallel, wrap_data_parallel
+from mpo_megatron.training.optimizer import build_optimizer, build_schedule
 
 # Forms by their names in the table. Megatron gathers the last on all ranks unless it is told not to.
 FORMS = {
@@ -163,7 +164,7 @@ def _build(source: Path, layers: int, tp: int) -> tuple[ParallelLayout, tuple[An
     dist.barrier()
     architecture = read_architecture(source)
     chunks = build_model(architecture, layout, ModelOptions(dtype=torch.bfloat16, sequence_parallel=tp > 1))
-    chunks = wrap_data_parallel(chunks, distributed_optimizer=True)
+    chunks = wrap_data_parallel(chunks, DataParallel(distributed_optimizer=True))
     optim = OptimConfig()
     optimizer = build_optimizer(chunks, optim, 1.0, torch.bfloat16)
     return layout, (chunks, optimizer, build_schedule(optimizer, optim, 10))

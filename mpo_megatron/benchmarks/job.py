@@ -23,7 +23,8 @@ from mpo_megatron.objectives.mpo import wmpo
 from mpo_megatron.runtime.device import choose_device
 from mpo_megatron.runtime.parallel import ParallelLayout, initialize
 from mpo_megatron.scheduling.rows import RowSource
-from mpo_megatron.training.optimizer import build_optimizer, wrap_data_parallel
+from mpo_megatron.training.data_parallel import DataParallel, wrap_data_parallel
+from mpo_megatron.training.optimizer import build_optimizer
 from mpo_megatron.training.step import objective_pass, response_logps
 
 OBJECTIVE = partial(wmpo, beta=0.1, alpha=0.1)
@@ -93,7 +94,7 @@ class Job:
                     parameter.normal_(std=0.02) if parameter.dim() > 1 else parameter.fill_(1.0)
         else:
             load_hf_weights([unwrap(chunks[0])], architecture, layout, model)
-        chunks = wrap_data_parallel(chunks, distributed_optimizer)
+        chunks = wrap_data_parallel(chunks, DataParallel(distributed_optimizer))
         optim = OptimConfig(distributed=distributed_optimizer)
         optimizer = build_optimizer(chunks, optim, 1.0, options.dtype)
         return cls(architecture, layout, options, chunks, optimizer)

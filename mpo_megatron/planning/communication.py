@@ -167,9 +167,10 @@ def _backward(
 def _gradients(count: _Count, a: Architecture, run: Run, stage: int) -> None:
     """Once a step: gradients over the replicas, then the weights that each has updated.
 
-    Where there are experts, Megatron has two optimizers in one, and each gathers the weights of both.
+    Where there are experts, Megatron has two optimizers in one, and each gathers the weights of both, unless the next
+    forward pass does.
     """
-    optimizers = 1 if a.experts is None else 2
+    optimizers = 1 if a.experts is None or run.overlap_param_gather else 2
     for chunk in stage_parameters(a, run, stage):
         for dimension, elements in zip(("DP", "expert DP"), buffers(chunk, run), strict=True):
             if run.distributed_optimizer:

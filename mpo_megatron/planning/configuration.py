@@ -23,6 +23,7 @@ def run_of(
             machine and the objective.
     """
     model = config.model
+    overlap_grad_reduce, overlap_param_gather = model.optim.overlap(fused)
     return Run(
         tp=model.tensor_model_parallel_size,
         pp=model.pipeline_model_parallel_size,
@@ -44,6 +45,8 @@ def run_of(
         fused=fused,
         attention=attention,
         distributed_optimizer=model.optim.distributed,
+        overlap_grad_reduce=overlap_grad_reduce,
+        overlap_param_gather=overlap_param_gather,
         vocab_multiple=model.make_vocab_size_divisible_by,
         head_chunk=model.head_chunk_size,
         token_multiple=token_multiple,

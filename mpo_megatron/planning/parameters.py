@@ -76,8 +76,8 @@ def stage_parameters(a: Architecture, run: Run, stage: int) -> list[Parameters]:
 def buffers(parameters: Parameters, run: Run) -> tuple[int, int]:
     """Elements of Megatron's contiguous buffers of a chunk: (dense parameters, experts), padding included.
 
-    One bucket for all, since reductions do not overlap with the backward pass; with the distributed optimizer a shared
-    embedding has a bucket of its own.
+    As of one bucket for all, but for a shared embedding, which with the distributed optimizer has one of its own. Where
+    reductions overlap with the backward pass there are more, each padded by less than a thousandth of its size.
     """
     if not run.distributed_optimizer:
         return sum(parameters.dense), sum(parameters.experts)
@@ -90,6 +90,11 @@ def buffers(parameters: Parameters, run: Run) -> tuple[int, int]:
     return sum(_padded(bucket, run.replicas) for bucket in buckets), _padded(
         parameters.experts, expert_replicas(run)
     )
+
+
+def bucket_size(run: Run) -> int:
+    """Elements of a bucket where reductions overlap with the backward pass: Megatron's choice."""
+    return max(40_000_000, 1_000_000 * run.replicas)
 
 
 def expert_replicas(run: Run) -> int:

@@ -1,9 +1,11 @@
 """How long a step takes: the slowest stage's computing and talking, the pipeline's bubble, and the gradients.
 
 A model of time, not a measurement, to rank layouts by. Compute is computed FLOPs at a part of the chip's peak
-(`efficiency`), and the scheduler's cost of a row besides what it holds. Every byte is sent at the link's rate and
-nothing overlaps, as in this package's runs, whose reductions do not. Ranks lie as Megatron orders them: TP within CP
-within DP within PP. The interleaved bubble is that of Narayanan et al. 2021 (arXiv 2104.04473): (PP - 1) / VPP rows.
+(`efficiency`), and the scheduler's cost of a row besides what it holds. Every byte is sent at the link's rate. Where
+they overlap, sums of gradients hide under the last row's backward pass, all but the last bucket, and weights that are
+fetched under the first row's forward pass, all but the first bucket; on later stages, under what the first one computes
+meanwhile. Nothing else overlaps. Ranks lie as Megatron orders them: TP within CP within DP within PP. The interleaved
+bubble is that of Narayanan et al. 2021 (arXiv 2104.04473): (PP - 1) / VPP rows.
 """
 
 from collections.abc import Mapping
@@ -13,11 +15,12 @@ from mpo_megatron.model.architecture import Architecture
 from mpo_megatron.planning.communication import Kind, Traffic, step_communication
 from mpo_megatron.planning.flops import forward_flops, row_flops, step_flops
 from mpo_megatron.planning.hardware import Machine
+from mpo_megatron.planning.parameters import bucket_size, buffers, chunk_parameters
 from mpo_megatron.planning.profile import RowShape, StepShape
 from mpo_megatron.planning.run import Run, different_stages
 from mpo_megatron.scheduling.plan import ROW_OVERHEAD_TOKENS
 
-_ONCE_A_STEP = ("DP", "expert DP", "embedding")
+_REPLICAS = ("DP", "expert DP")
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,9 @@ def step_time(a: Architecture, run: Run, shape: StepShape, machine: Machine, eff
     )
     compute, talking = slowest
     rows = shape.rows_per_rank + shape.first_pass / 3
-    bubble = (compute + talking) / rows * run.pipeline.idle_rows
-    gradients = max(
-        _seconds(step_communication(a, run, _no_rows(shape), stage), run, machine, _ONCE_A_STEP)
-        for stage in (0, run.pp - 1)
-    )
+    row = (compute + talking) / rows
+    bubble = row * run.pipeline.idle_rows
+    gradients = max(_once_a_step(a, run, shape, machine, stage, row) for stage in {0, run.pp - 1})
     model = step_flops(a, run, shape).model(run.shared_prompt)
     return StepTime(compute, talking + gradients, bubble, model, len(shape.groups))
 
@@ -102,6 +103,32 @@ def _stage_seconds(
     costliest = max(range(len(totals)), key=totals.__getitem__)
     traffic = step_communication(a, run, shape, stage, costliest)
     return totals[costliest] / rate, _seconds(traffic, run, machine, ("TP", "PP", "CP", "EP"))
+
+
+def _once_a_step(
+    a: Architecture, run: Run, shape: StepShape, machine: Machine, stage: int, row: float
+) -> float:
+    """Seconds that a stage waits for gradients and weights, if a row's forward and backward pass take `row`."""
+    traffic = step_communication(a, run, _no_rows(shape), stage)
+    of_replicas = {kind: found for kind, found in traffic.items() if kind.dimension in _REPLICAS}
+    weights = {kind: found for kind, found in of_replicas.items() if kind.call == "all-gather"}
+    sums = {kind: found for kind, found in of_replicas.items() if kind.call != "all-gather"}
+    rows_between = 1 if stage == 0 else run.pp - 1
+    # Buckets on the first stage alone: the others are through before it.
+    buckets = (
+        max(1, sum(buffers(chunk_parameters(a, run, 0, 0), run)) // bucket_size(run)) if stage == 0 else 1
+    )
+    alone = 1 / buckets if stage == 0 else 0.0
+
+    def waits(found: Mapping[Kind, Traffic], overlaps: bool, hidden: float) -> float:
+        seconds = _seconds(found, run, machine, _REPLICAS)
+        return max(seconds * alone, seconds - hidden * rows_between) if overlaps else seconds
+
+    return (
+        waits(sums, run.overlap_grad_reduce, row * 2 / 3)
+        + waits(weights, run.overlap_param_gather, row / 3)
+        + _seconds(traffic, run, machine, ("embedding",))
+    )
 
 
 def _seconds(

@@ -59,6 +59,7 @@ class Run:
             float32 copies.
         attention: the backend: `varlen` and `te` keep the keys and values of all segments; `sdpa` also the masks.
         token_multiple: what a row's tokens on a context-parallel rank are a multiple of (model.fp8.row_alignment).
+        overlap_grad_reduce, overlap_param_gather: as in training.data_parallel.DataParallel.
         max_tokens: token budget of a row.
     """
 
@@ -78,6 +79,8 @@ class Run:
     fused: bool = True
     attention: str = "varlen"
     distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
     vocab_multiple: int = 128
     head_chunk: int = 1024
     token_multiple: int = 64

@@ -15,8 +15,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from mpo_megatron.conversion.buckets import StateReader
 from mpo_megatron.conversion.restore import fill_model, load_state, read_content
 from mpo_megatron.conversion.torch_dist import CheckpointReader
-from mpo_megatron.model.provider import unwrap
 from mpo_megatron.runtime.parallel import ParallelLayout, raising_together
+from mpo_megatron.training.data_parallel import current_models
 from mpo_megatron.training.optimizer import load_optimizer
 from mpo_megatron.training.optimizer_state import (
     FORM,
@@ -68,8 +68,8 @@ def load_checkpoint(
     models = sharded_models(chunks)
     form = (saved or {}).get(FORM, WHOLE)
     loaded = load_state({**models, **request(optimizer, models, form, layout.rank)}, path, layout)
-    for i, chunk in enumerate(chunks):
-        fill_model(unwrap(chunk), loaded[f"model{i}"], path)
+    for i, model in enumerate(current_models(chunks)):
+        fill_model(model, loaded[f"model{i}"], path)
     load_optimizer(optimizer, loaded["optimizer"])
     with raising_together(layout):
         if is_distributed(optimizer):
@@ -80,5 +80,5 @@ def load_checkpoint(
 
 
 def sharded_models(chunks: list[Any]) -> dict[str, Any]:
-    """The sharded state dictionaries of a rank's model chunks, under their names in checkpoints."""
-    return {f"model{i}": unwrap(chunk).sharded_state_dict() for i, chunk in enumerate(chunks)}
+    """The sharded state dictionaries of a rank's model chunks, under their names in checkpoints. All ranks call it."""
+    return {f"model{i}": model.sharded_state_dict() for i, model in enumerate(current_models(chunks))}

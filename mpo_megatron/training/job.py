@@ -23,13 +23,14 @@ from mpo_megatron.model.provider import build_model, unwrap
 from mpo_megatron.runtime.parallel import raising_together
 from mpo_megatron.training.checkpoint import latest_checkpoint, load_checkpoint, remove_leftovers
 from mpo_megatron.training.checkpoint_writer import CheckpointWriter
+from mpo_megatron.training.data_parallel import wrap_data_parallel
 from mpo_megatron.training.experiment import CHECKPOINTS, Experiment, start_experiment
 from mpo_megatron.training.exports import BackgroundExports
 from mpo_megatron.training.kernels import costs, kernels
 from mpo_megatron.training.masters import place_masters
 from mpo_megatron.training.movement import WeightSample
 from mpo_megatron.training.nodes import check_shared
-from mpo_megatron.training.optimizer import build_optimizer, build_schedule, wrap_data_parallel
+from mpo_megatron.training.optimizer import build_optimizer, build_schedule
 from mpo_megatron.training.optimizer_state import BUCKETS, WHOLE
 from mpo_megatron.training.rank_times import RankTimes
 from mpo_megatron.training.reference import reference_logps
@@ -89,13 +90,15 @@ def build_job(setup: Setup) -> Job:
     tensor_parallel.model_parallel_cuda_manual_seed(config.trainer.seed)
     chunks = build_model(setup.architecture, layout, options)
     _load_weights(chunks, setup)
-    chunks = wrap_data_parallel(chunks, config.model.optim.distributed)
+    chunks = wrap_data_parallel(chunks, setup.data_parallel)
     optimizer = build_optimizer(chunks, config.model.optim, config.trainer.gradient_clip_val, options.dtype)
     schedule = build_schedule(optimizer, config.model.optim, len(setup.train.steps))
     splits = [setup.train] + ([setup.validation] if setup.validation else [])
     references = {split.name: _reference(split, chunks, setup) for split in splits}
     times = RankTimes(chunks, layout)
-    sample = WeightSample([unwrap(chunk) for chunk in chunks]) if options.dtype == torch.bfloat16 else None
+    sample = None
+    if options.dtype == torch.bfloat16:
+        sample = WeightSample([unwrap(chunk) for chunk in chunks], optimizer)
     rule = config.trainer.checkpoint
     form = WHOLE if rule.dist_ckpt_optim_fully_reshardable else BUCKETS
     writer = CheckpointWriter(folder / CHECKPOINTS, layout, form, asynchronous=rule.async_save)

@@ -132,7 +132,7 @@ def place_masters(
         cut = Cut(architecture, parameter.size(0) * layout.tp, layout.tp_rank, layout.tp)
         rows, columns, width = _lines(entry, architecture, cut)
         rows, columns = rows.to(master.device), columns.to(master.device)
-        start = _first_place(parameter, optimizer)
+        start = first_place(parameter, optimizer)
         weights, exact, target = parameter.detach().view(-1), values.view(-1), master.detach().view(-1)
         for part in _parts(target.numel()):
             there = slice(start + part.start, start + part.stop)
@@ -185,7 +185,7 @@ def master_values(parameter: torch.nn.Parameter, optimizer: Any) -> Tensor:
     # In integers, to which adding zero leaves every bit.
     whole = torch.zeros(parameter.numel(), dtype=torch.int32, device=parameter.device)
     if master is not None:
-        start = _first_place(parameter, optimizer)
+        start = first_place(parameter, optimizer)
         whole[start : start + master.numel()] = master.detach().view(-1).view(torch.int32)
     is_expert = not getattr(parameter, "allreduce", True)
     dist.all_reduce(
@@ -197,7 +197,7 @@ def master_values(parameter: torch.nn.Parameter, optimizer: Any) -> Tensor:
     return whole.view(torch.float32).view(parameter.shape)
 
 
-def _first_place(parameter: Any, optimizer: Any) -> int:
+def first_place(parameter: Any, optimizer: Any) -> int:
     """The place in the flat parameter at which this rank's part of its master begins."""
     if not getattr(parameter, "main_param_sharded", False):
         return 0

@@ -1,10 +1,9 @@
-"""Megatron's data-parallel wrapper, AdamW and learning-rate schedule from the configuration."""
+"""Megatron's AdamW and learning-rate schedule from the configuration."""
 
 import math
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -14,18 +13,13 @@ _HYPER_PARAMETERS = ("lr", "max_lr", "min_lr", "betas", "eps")
 _DECAY_STYLES = {"CosineAnnealing": "cosine", "Linear": "linear", "Constant": "constant"}
 
 
-def wrap_data_parallel(chunks: list[Any], distributed_optimizer: bool) -> list[Any]:
-    """Megatron's DistributedDataParallel over each model chunk; gradients of bf16 weights are summed in float32."""
-    config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=chunks[0].config.params_dtype != torch.float64,
-        use_distributed_optimizer=distributed_optimizer,
-        check_for_nan_in_grad=False,  # the step checks the loss before, and the gradient norm after, on all ranks alike
-    )
-    return [DistributedDataParallel(chunk.config, config, chunk) for chunk in chunks]
-
-
 def build_optimizer(chunks: list[Any], optim: OptimConfig, clip: float, dtype: torch.dtype) -> Any:
-    """AdamW through Megatron: (distributed) optimizer with float32 master weights where the model is bf16."""
+    """AdamW through Megatron: (distributed) optimizer with float32 master weights where the model is bf16.
+
+    Args:
+        chunks: as `wrap_data_parallel` gives them.
+    """
+    replicas = chunks[0].ddp_config
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -38,7 +32,8 @@ def build_optimizer(chunks: list[Any], optim: OptimConfig, clip: float, dtype: t
             clip_grad=clip,
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
-            use_distributed_optimizer=optim.distributed,
+            use_distributed_optimizer=replicas.use_distributed_optimizer,
+            overlap_param_gather=replicas.overlap_param_gather,
         ),
         chunks,
     )

@@ -13,6 +13,8 @@ The plain optimizer has the whole state on each rank, in the parameters' shapes:
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +73,38 @@ def sharded_state(optimizer: Any, models: dict[str, Any], form: str) -> dict[Any
     Args:
         models: sharded state dictionaries of the model chunks.
     """
-    found: dict[Any, Any] = optimizer.sharded_state_dict(models, metadata=content(optimizer, form))
-    if is_distributed(optimizer) and form == BUCKETS:
+    wanted = content(optimizer, form)
+    if is_distributed(optimizer) and form == WHOLE:
+        with _places_without_padding(optimizer):
+            whole: dict[Any, Any] = optimizer.sharded_state_dict(models, metadata=wanted)
+        return whole
+    found: dict[Any, Any] = optimizer.sharded_state_dict(models, metadata=wanted)
+    if is_distributed(optimizer):
         _cut_padding(found)
     return found
+
+
+@contextmanager
+def _places_without_padding(optimizer: Any) -> Iterator[None]:
+    """Have Megatron find each parameter where it is once the buckets are put together.
+
+    It leaves out the padding at a bucket's end, and goes by places that count it: from the second bucket on it would
+    write other numbers than the parameter's (megatron-core 0.16 to 0.19).
+    """
+    buffers = [buffer for part in _parts(optimizer) for buffer in part.buffers]
+    originals = [buffer.param_index_map for buffer in buffers]
+    for buffer in buffers:
+        starts = list(accumulate((bucket.numel_unpadded for bucket in buffer.buckets), initial=0))
+        shifts = [start - bucket.offset for start, bucket in zip(starts, buffer.buckets, strict=False)]
+        buffer.param_index_map = {
+            parameter: (start + shifts[bucket], end + shifts[bucket], bucket)
+            for parameter, (start, end, bucket) in buffer.param_index_map.items()
+        }
+    try:
+        yield
+    finally:
+        for buffer, original in zip(buffers, originals, strict=True):
+            buffer.param_index_map = original
 
 
 def _cut_padding(state: dict[Any, Any]) -> None:

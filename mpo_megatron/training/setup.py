@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from mpo_megatron import objectives
-from mpo_megatron.config import Config
+from mpo_megatron.config import Config, OptimConfig
 from mpo_megatron.conversion.hf_folder import WeightReader, is_checkpoint, model_folder
 from mpo_megatron.conversion.torch_dist import CheckpointReader
 from mpo_megatron.data import GroupDataset
@@ -30,6 +30,7 @@ from mpo_megatron.scheduling.order import in_order, step_groups, steps_per_epoch
 from mpo_megatron.scheduling.plan import Pipeline
 from mpo_megatron.scheduling.rows import RowSource
 from mpo_megatron.training.data import open_data, selection_of
+from mpo_megatron.training.data_parallel import DataParallel
 from mpo_megatron.training.nodes import check_same_job, check_same_model
 from mpo_megatron.training.profiling import check_profile
 
@@ -59,6 +60,7 @@ class Setup:
     objective: Objective  # with these bound
     layout: ParallelLayout
     model_options: ModelOptions
+    data_parallel: DataParallel
     train: Split
     validation: Split | None
     steps_per_epoch: int
@@ -135,6 +137,7 @@ def prepare(config: Config) -> Setup:
         objective=objectives.bind(entry, hyper_parameters, model.mpo.sft_weight),
         layout=layout,
         model_options=options,
+        data_parallel=data_parallel(config.model.optim, layout),
         train=Split("train", train_data, train_rows, train_steps),
         validation=validation,
         steps_per_epoch=per_epoch,
@@ -209,6 +212,11 @@ def model_options(config: Config, device: torch.device) -> ModelOptions:
         num_layers_in_first_pipeline_stage=model.num_layers_in_first_pipeline_stage,
         num_layers_in_last_pipeline_stage=model.num_layers_in_last_pipeline_stage,
     )
+
+
+def data_parallel(optim: OptimConfig, layout: ParallelLayout) -> DataParallel:
+    """How the configuration says the replicas work together."""
+    return DataParallel(optim.distributed, *optim.overlap(layout.device.type == "cuda"))
 
 
 def check_export_path(config: Config) -> None:

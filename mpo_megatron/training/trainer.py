@@ -13,10 +13,10 @@ import yaml
 from mpo_megatron.config import Config, as_yaml
 from mpo_megatron.conversion.export import export_hf
 from mpo_megatron.errors import UserError
-from mpo_megatron.model.provider import unwrap
 from mpo_megatron.runtime.parallel import shutdown
 from mpo_megatron.scheduling.rows import StepRows
 from mpo_megatron.training.checkpoint import all_checkpoints
+from mpo_megatron.training.data_parallel import current_models
 from mpo_megatron.training.experiment import CHECKPOINTS
 from mpo_megatron.training.job import IDENTITY_FILE, Job, build_job, identity, resume, start_masters
 from mpo_megatron.training.masters import master_values
@@ -195,7 +195,7 @@ def finish(job: Job) -> None:
     output = config.model.export_path
     target = job.folder / "hf" if output is None else Path(output).expanduser()
     if output != "":
-        models = [unwrap(chunk) for chunk in job.chunks]
+        models = current_models(job.chunks)
         dtype = EXPORT_DTYPES[config.model.export_dtype]
         values = (
             partial(master_values, optimizer=job.optimizer) if dtype == torch.float32 else torch.Tensor.detach

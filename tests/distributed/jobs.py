@@ -23,7 +23,8 @@ from mpo_megatron.runtime.parallel import ParallelLayout, initialize
 from mpo_megatron.scheduling.plan import Pipeline
 from mpo_megatron.scheduling.rows import RowSource, StepRows
 from mpo_megatron.training.checkpoint_writer import CheckpointWriter
-from mpo_megatron.training.optimizer import build_optimizer, build_schedule, wrap_data_parallel
+from mpo_megatron.training.data_parallel import DataParallel, current_models, wrap_data_parallel
+from mpo_megatron.training.optimizer import build_optimizer, build_schedule
 from mpo_megatron.training.step import objective_pass, response_logps
 from tests.helpers.models import make_groups
 from tests.helpers.objectives import SETTINGS
@@ -39,6 +40,7 @@ class Layout:
     cp: int = 1
     ep: int = 1
     distributed_optimizer: bool = False
+    overlap: bool = False  # of gradient sums, and with the distributed optimizer of fetching weights
     options: dict[str, Any] = field(default_factory=dict)  # of ModelOptions
     shared_prompt: bool = True
     global_batch: bool = True  # two passes for objectives that need it; False where one row holds the batch
@@ -91,7 +93,12 @@ def build(folder: Path, sizes: list[int], wanted: Layout, lr: float = 1e-3, seed
         load_megatron_weights(inner, layout, folder)
     else:
         load_hf_weights(inner, architecture, layout, folder)
-    chunks = wrap_data_parallel(chunks, wanted.distributed_optimizer)
+    gather = wanted.overlap and wanted.distributed_optimizer
+    # Small, so that the model has several.
+    size = 5000 if wanted.overlap else None
+    chunks = wrap_data_parallel(
+        chunks, DataParallel(wanted.distributed_optimizer, wanted.overlap, gather, size)
+    )
     optim = OptimConfig(lr=lr, distributed=wanted.distributed_optimizer, sched=SchedConfig(warmup_ratio=0.0))
     clip = 0.0 if options.dtype == torch.float64 else 1.0  # Megatron clips float32 gradients alone
     optimizer = build_optimizer(chunks, optim, clip, options.dtype)
@@ -189,7 +196,7 @@ def steps_and_gradients(
         the vocabulary's padding; and `after`, the log-probs after the update.
     """
     model = build(folder, sizes, wanted, seed=seed)
-    inner = [unwrap(chunk) for chunk in model.chunks]
+    inner = current_models(model.chunks)
     parameters = [parameter for one in inner for parameter in one.parameters()]
     found: dict[str, Any] = {key: {} for key in ("logps", "split", "metrics", "evaluated", "norm")}
     found["padding"] = 0.0
@@ -270,7 +277,7 @@ def _largest_padding_gradient(model: Model) -> float:
 def export(folder: Path, wanted: Layout, output: Path, max_shard_bytes: int = 10**9) -> None:
     """Load a Hugging Face folder at a layout and export it again."""
     model = build(folder, [2], wanted)
-    inner = [unwrap(chunk) for chunk in model.chunks]
+    inner = current_models(model.chunks)
     export_hf(
         inner,
         model.architecture,
@@ -284,7 +291,7 @@ def export(folder: Path, wanted: Layout, output: Path, max_shard_bytes: int = 10
 def logps_and_export(folder: Path, sizes: list[int], seed: int, wanted: Layout, output: Path) -> torch.Tensor:
     """Load a Hugging Face folder at a layout and export it again. Returns the log-probs in between."""
     model = build(folder, sizes, wanted, seed=seed)
-    inner = [unwrap(chunk) for chunk in model.chunks]
+    inner = current_models(model.chunks)
     export_hf(inner, model.architecture, model.layout, source=model_folder(folder), output=output)
     return logps(model)
 
@@ -296,7 +303,7 @@ def train_and_export(folder: Path, sizes: list[int], wanted: Layout, output: Pat
     for _ in range(2):
         gradients(model, reference, "wmpo")
         model.optimizer.step()
-    inner = [unwrap(chunk) for chunk in model.chunks]
+    inner = current_models(model.chunks)
     export_hf(inner, model.architecture, model.layout, source=model_folder(folder), output=output)
     return logps(model)
 

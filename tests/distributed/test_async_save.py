@@ -89,9 +89,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (2, DISTRIBUTED),
         (2, Layout(distributed_optimizer=True, precision=torch.bfloat16)),
         (2, Layout(precision=torch.bfloat16)),
+        (2, Layout(distributed_optimizer=True, overlap=True, precision=torch.bfloat16)),
         (4, Layout(tp=2, distributed_optimizer=True)),
     ],
-    ids=["dp2", "dp2 in bf16", "plain in bf16", "tp2-dp2"],
+    ids=["dp2", "dp2 in bf16", "plain in bf16", "overlap in bf16", "tp2-dp2"],
 )
 def test_it_is_of_the_step_at_which_it_was_begun(
     world: int, layout: Layout, form: str, folder: Path, ranks: Any, tmp_path: Path

@@ -118,12 +118,13 @@ def test_an_import_opens_at_any_layout(
 def save_and_export(folder: Path, wanted: Layout, saved: Path, exported: Path) -> None:
     """One training step; then a checkpoint, and the export of the live model."""
     from mpo_megatron.conversion.export import export_hf
+    from mpo_megatron.training.data_parallel import current_models
 
     model = build(folder, SIZES, wanted)
     gradients(model, logps(model), "wmpo")
     model.optimizer.step()
     save(model, 1, saved, folder)
-    inner = [unwrap(chunk) for chunk in model.chunks]
+    inner = current_models(model.chunks)
     export_hf(inner, model.architecture, model.layout, source=folder, output=exported)
 
 

@@ -59,10 +59,14 @@ CASES = {
     "cp2 dp2": (4, Layout(cp=2)),
     "cp4": (4, Layout(cp=4)),
     "dp2": (2, Layout()),
+    "dp2, overlap": (2, Layout(overlap=True)),
     "tp2 pp2": (4, Layout(tp=2, pp=2)),
     "tp2 pp2 vpp2": (4, Layout(tp=2, pp=2, vpp=2)),
     "dp2 pp2": (4, Layout(pp=2)),
+    "dp2 pp2, overlap": (4, Layout(pp=2, overlap=True)),
     "dp2 pp2 vpp2": (4, Layout(pp=2, vpp=2)),
+    "dp2 pp2 vpp2, overlap": (4, Layout(pp=2, vpp=2, overlap=True)),
+    "cp2 tp2, overlap": (4, Layout(cp=2, tp=2, overlap=True)),
 }
 
 
@@ -163,7 +167,18 @@ def test_interleaved_stages_of_unequal_size_are_exact(
     assert_same(*run(ranks(2), folder, layout, tmp_path), expected)
 
 
-@pytest.mark.parametrize("layout", [(2, Layout()), (4, Layout(tp=2)), (4, Layout(pp=2)), (4, Layout(cp=2))])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        (2, Layout()),
+        (2, Layout(overlap=True)),
+        (4, Layout(tp=2)),
+        (4, Layout(tp=2, overlap=True)),
+        (4, Layout(pp=2)),
+        (4, Layout(pp=2, overlap=True)),
+        (4, Layout(cp=2)),
+    ],
+)
 def test_ranks_without_a_group_take_part(
     layout: tuple[int, Layout], model: Path, ranks: Any, tmp_path: Path
 ) -> None:
@@ -178,14 +193,15 @@ def test_ranks_without_a_group_take_part(
 
 
 @pytest.mark.parametrize("model", ["tied"], indirect=True)
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("name", ["cp2 dp2", "dp2 pp2 vpp2", "tp2 dp2"])
 def test_distributed_optimizer_agrees_with_the_plain_one(
-    name: str, model: Path, ranks: Any, tmp_path: Path
+    name: str, overlap: bool, model: Path, ranks: Any, tmp_path: Path
 ) -> None:
     """In float32: Megatron's distributed optimizer takes no float64 parameters."""
     world, layout = CASES[name] if name in CASES else (4, Layout(tp=2))
     ((expected, *_), gradients) = run(ranks(world), model, layout, tmp_path / "plain")
-    sharded = replace(layout, distributed_optimizer=True)
+    sharded = replace(layout, distributed_optimizer=True, overlap=overlap)
     results, sharded_gradients = run(ranks(world), model, sharded, tmp_path / "sharded")
     for result in results:
         assert result["norm"] == pytest.approx(expected["norm"], rel=1e-4)

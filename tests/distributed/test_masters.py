@@ -33,7 +33,7 @@ def masters(
     folder: Path, wanted: Layout, dithered: bool
 ) -> tuple[Tensor, dict[tuple[str, int], list[Any]], list[str]]:
     """(log-probs, this rank's parts of masters by parameter and tensor-parallel rank, bf16 weights that they miss)."""
-    from mpo_megatron.training.masters import _first_place, place_masters
+    from mpo_megatron.training.masters import first_place, place_masters
 
     model = build(folder, SIZES, wanted)
     models = [unwrap(chunk) for chunk in model.chunks]
@@ -46,7 +46,7 @@ def masters(
             master: Any = getattr(parameter, "main_param", None)
             if master is None:
                 continue
-            start = _first_place(parameter, model.optimizer)
+            start = first_place(parameter, model.optimizer)
             flat = master.detach().flatten().clone()
             parts[name, model.layout.tp_rank] = [start, flat, parameter.shape]
             if not torch.equal(flat.bfloat16(), parameter.detach().flatten()[start : start + len(flat)]):

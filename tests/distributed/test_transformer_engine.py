@@ -45,6 +45,8 @@ CASES = {
     "tp2 pp2": (4, Layout(tp=2, pp=2, options=TE)),
     "cp2": (2, Layout(cp=2, options=TE)),
     "dp2, distributed optimizer": (2, Layout(distributed_optimizer=True, options=TE)),
+    "dp2, overlap": (2, Layout(distributed_optimizer=True, overlap=True, options=TE)),
+    "dp2 pp2, overlap": (4, Layout(pp=2, distributed_optimizer=True, overlap=True, options=TE)),
 }
 
 

@@ -4,14 +4,12 @@ Each step is one group on two data-parallel ranks, so that one of them has a row
 whether gradients are reduced and weights gathered while others are computed, and whether the optimizer is sharded.
 """
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
-from mpo_megatron.config import OptimConfig
 from tests.distributed.test_main_job import arguments, job, metrics, write_data
 from tests.gpu.conftest import Place
 from tests.helpers.models import make_llama
@@ -40,8 +38,6 @@ def test_both_ways_train_alike(
     name: str, place: Place, inputs: dict[str, Path], measured: Any, tmp_path: Path
 ) -> None:
     pool, ways = place.ranks(2), WAYS[name]
-    if name == "overlap" and not {field.name for field in fields(OptimConfig)}.issuperset(OVERLAP):
-        pytest.skip("the configuration has no model.optim.overlap_grad_reduce and overlap_param_gather yet")
     folders = [tmp_path / str(number) for number in range(len(ways))]
     for folder, way in zip(folders, ways, strict=True):
         common = [

@@ -108,6 +108,14 @@ def test_sequence_parallelism_comes_with_tensor_parallelism() -> None:
         ),
         ("model.optim.master_weights=dithered", "choose one of auto, rounded"),
         (
+            ["model.optim.overlap_param_gather=true", "model.optim.distributed=false"],
+            "overlap_param_gather=true is of the distributed optimizer",
+        ),
+        (
+            ["model.optim.overlap_param_gather=true", "model.optim.overlap_grad_reduce=false"],
+            "takes the buckets of model.optim.overlap_grad_reduce, which is false; remove one",
+        ),
+        (
             ["model.export_at_save=true", "trainer.save_at_end=false"],
             "there will be none; set trainer.save_interval",
         ),
@@ -193,3 +201,13 @@ def test_every_field_of_the_schema_has_a_default_or_is_required() -> None:
     for section in (Config(), Config().trainer, Config().model, Config().model.mpo, Config().model.data):
         for field in dataclasses.fields(section):
             assert (getattr(section, field.name) == "???") == (field.name in required), field.name
+
+
+def test_what_overlaps_is_a_matter_of_the_device_until_it_is_said() -> None:
+    from mpo_megatron.config import OptimConfig
+
+    assert OptimConfig().overlap(on_gpus=True) == (True, True)
+    assert OptimConfig().overlap(on_gpus=False) == (False, False)
+    assert OptimConfig(distributed=False).overlap(on_gpus=True) == (True, False)
+    assert OptimConfig(overlap_grad_reduce=False).overlap(on_gpus=True) == (False, False)
+    assert OptimConfig(overlap_param_gather=True).overlap(on_gpus=False) == (True, True)

@@ -1,13 +1,10 @@
 """What Transformer Engine asks of the device beyond what Megatron asks, answered as a Hopper GPU would."""
 
 import importlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 _CAPABILITY = (9, 0)
 
@@ -27,12 +24,6 @@ class _Event:
         return True
 
 
-@contextmanager
-def _one_by_one(*args: Any, **kwargs: Any) -> Iterator[Any]:
-    """Collectives that NCCL would send together, which Gloo has no call for: each is done when it has returned."""
-    yield SimpleNamespace(wait=lambda: None)
-
-
 def answer_for_the_gpu() -> None:
     """To be called once, after `mpo_megatron.runtime.cpu.install`."""
     cuda: Any = torch.cuda
@@ -46,7 +37,6 @@ def answer_for_the_gpu() -> None:
     cuda.Event = _Event
     # The first version whose products take a scale for each block.
     torch.version.cuda = "12.9"
-    dist._coalescing_manager = _one_by_one
     # It asserts of all tensors that they are there.
     torch.Tensor.is_cuda = property(lambda tensor: True)  # type: ignore[assignment]
 
