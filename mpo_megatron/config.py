@@ -19,6 +19,8 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationE
 
 from mpo_megatron.errors import ConfigError
 
+# Faults of data that can be trained on.
+KEPT_FAULTS = ("duplicate_id", "unequal_scores", "equal_responses")
 # Metrics of validation that checkpoints can be compared by, and which is better: the least or the greatest.
 MONITORS = {"loss": "min", "reward_margin": "max", "accuracy": "max", "preferred_reward": "max"}
 
@@ -135,6 +137,22 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class FaultConfig:
+    """What becomes of a record of the data that is at fault: error (the run stops before its first step) | skip (its
+    group is left out, counted, and noted with the reason) | keep, where it can be trained on. See docs/data.md.
+    """
+
+    unreadable: str = "error"  # no JSON, no UTF-8, or a line of 64 MiB: error | skip
+    shape: str = "error"  # no known shape, a value of another type, fewer than two responses: error | skip
+    score: str = "error"  # none, no number, or not finite: error | skip
+    empty: str = "error"  # a prompt or a response that is white space: error | skip
+    template: str = "error"  # messages that the chat template refuses: error | skip
+    duplicate_id: str = "error"  # the id of an earlier record: error | skip | keep
+    unequal_scores: str = "error"  # two responses of one text with different scores: error | skip | keep
+    equal_responses: str = "keep"  # two responses of one text with one score: error | skip | keep
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Which groups, and how they become tokens. Lengths are in tokens."""
 
@@ -143,6 +161,7 @@ class DataConfig:
     max_length: int = 4096  # prompt and response together
     max_prompt_length: int = 2048  # of the prompt, chat template included
     truncation: str = "error"  # a prompt above max_prompt_length: error | skip | left (keep its end)
+    faults: FaultConfig = field(default_factory=FaultConfig)
     apply_chat_template: bool | None = None  # null: if the tokenizer has a template
     system_prompt: str | None = None  # put before prompts that have none
     # Train on so many of each group's best and of its worst responses; null: on all.
@@ -371,6 +390,9 @@ def _check(config: Config) -> None:
     if mpo.reference is not None:
         _one_of("model.mpo.reference", mpo.reference, ("cached", "none"))
     _one_of("model.data.truncation", data.truncation, ("error", "skip", "left"))
+    for fault in fields(FaultConfig):
+        policies = ("error", "skip", "keep") if fault.name in KEPT_FAULTS else ("error", "skip")
+        _one_of(f"model.data.faults.{fault.name}", getattr(data.faults, fault.name), policies)
     if model.activations_checkpoint_granularity is not None:
         _one_of(
             "model.activations_checkpoint_granularity",

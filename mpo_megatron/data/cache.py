@@ -18,6 +18,8 @@ from datasets import Features, Sequence, Value
 from datasets.arrow_writer import ArrowWriter
 from tqdm import tqdm
 
+from mpo_megatron.config import FaultConfig
+from mpo_megatron.data.faults import FAULTS, Faults
 from mpo_megatron.data.readers import content_digest
 from mpo_megatron.data.schema import DataError, ScoredGroup
 from mpo_megatron.data.tokenize import GroupTokenizer, TokenizeOptions
@@ -25,7 +27,7 @@ from mpo_megatron.data.tokenize import GroupTokenizer, TokenizeOptions
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CACHE_VERSION = 2  # raise it when the same input gives other content
+CACHE_VERSION = 3  # raise it when the same input gives other content
 FEATURES = Features(
     {
         "id": Value("string"),
@@ -34,6 +36,17 @@ FEATURES = Features(
     }
 )
 _BATCH_GROUPS = 512  # per call of the tokenizer, and per record batch on disk
+# In `DataReport`, what a record is skipped for.
+_WHY = {
+    "unreadable": "what is no JSON or no text",
+    "shape": "their shape",
+    "score": "a score that is none",
+    "empty": "an empty prompt or response",
+    "template": "messages that the chat template refuses",
+    "duplicate_id": "the id of another",
+    "unequal_scores": "equal responses with different scores",
+    "equal_responses": "equal responses",
+}
 _GROUPS_WITHOUT_PROGRESS = 2000  # so few are done before a progress bar is read
 
 
@@ -46,6 +59,14 @@ class DataReport:
     skipped_no_preference: int = 0
     kept_no_preference: int = 0
     skipped_long_prompt: int = 0
+    skipped_unreadable: int = 0
+    skipped_shape: int = 0
+    skipped_score: int = 0
+    skipped_empty: int = 0
+    skipped_template: int = 0
+    skipped_duplicate_id: int = 0
+    skipped_unequal_scores: int = 0
+    skipped_equal_responses: int = 0
     truncated_prompts: int = 0
     truncated_responses: int = 0
     border_merges: int = 0
@@ -61,6 +82,10 @@ class DataReport:
             (self.skipped_no_preference, "groups skipped for lack of a preferred response"),
             (self.kept_no_preference, "groups kept without a preferred response"),
             (self.skipped_long_prompt, "groups skipped for too long a prompt"),
+            *(
+                (getattr(self, f"skipped_{fault}"), f"records skipped for {why}")
+                for fault, why in _WHY.items()
+            ),
             (self.responses_dropped, "of their responses left out by keep_best and keep_worst"),
             (self.truncated_prompts, "prompts cut on the left"),
             (self.truncated_responses, "responses cut at max_length"),
@@ -74,8 +99,13 @@ class DataReport:
         return "; ".join([line, *(f"{count:,} {what}" for count, what in counts if count)])
 
 
-def write_cache(groups: Iterable[ScoredGroup], tokenizer: GroupTokenizer, folder: Path, shown: str) -> None:
+def write_cache(
+    groups: Iterable[ScoredGroup], tokenizer: GroupTokenizer, folder: Path, shown: str, faults: Faults
+) -> None:
     """Tokenises and writes all groups, and what describes them, to `folder`.
+
+    Args:
+        faults: is told of groups at fault, and has been told of records that `groups` leaves out.
 
     Raises:
         DataError: bad data, or no group of `shown` (the data source, for the message) is kept.
@@ -89,7 +119,7 @@ def write_cache(groups: Iterable[ScoredGroup], tokenizer: GroupTokenizer, folder
     groups = iter(groups)
     with ArrowWriter(path=str(folder / "groups.arrow"), features=FEATURES) as writer:
         while batch := list(islice(groups, _BATCH_GROUPS)):
-            rows = list(_rows(batch, tokenizer, counts))
+            rows = list(_rows(batch, tokenizer, counts, faults))
             for row in rows:
                 lengths = [len(ids) for ids in row["response_ids"]]
                 prompt_lengths.append(len(row["prompt_ids"]))
@@ -99,11 +129,15 @@ def write_cache(groups: Iterable[ScoredGroup], tokenizer: GroupTokenizer, folder
                 _add_to_digest(digest, row, lengths)
             if rows:
                 writer.write_batch({name: [row[name] for row in rows] for name in FEATURES})
+        for fault in FAULTS:
+            counts[f"skipped_{fault}"] = faults.left_out[fault]
+        counts["groups_read"] = counts["groups_kept"] + faults.left_out.total()
         if not counts["groups_read"]:
             raise DataError(f"{shown} holds no groups; write at least one, or correct the path")
         if not prompt_lengths:
             raise DataError(
-                f"{shown}: nothing is left to train on: {DataReport(**counts)}; give prompts within max_prompt_length"
+                f"{shown}: nothing is left to train on: {DataReport(**counts)}; mend the data, or give prompts "
+                "within max_prompt_length"
             )
         writer.finalize()
     counts["responses"] = len(response_lengths)
@@ -120,13 +154,11 @@ def write_cache(groups: Iterable[ScoredGroup], tokenizer: GroupTokenizer, folder
 
 
 def _rows(
-    batch: list[ScoredGroup], tokenizer: GroupTokenizer, counts: dict[str, int]
+    batch: list[ScoredGroup], tokenizer: GroupTokenizer, counts: dict[str, int], faults: Faults
 ) -> Iterator[dict[str, Any]]:
     """The groups of a batch as rows of `FEATURES`, with their scores; adds to `counts`, named as in DataReport."""
-    counts["groups_read"] += len(batch)
-    for group, group_tokens in zip(batch, tokenizer(batch), strict=True):
+    for group, group_tokens in zip(batch, tokenizer(batch, faults), strict=True):
         if group_tokens is None:
-            counts["skipped_long_prompt"] += 1
             continue
         counts["groups_kept"] += 1
         counts["truncated_prompts"] += group_tokens.prompt_truncated
@@ -186,6 +218,7 @@ def cache_key(
     options: TokenizeOptions,
     split: str | None,
     prompt_key: str | None,
+    policy: FaultConfig,
 ) -> str:
     """Digest of all that the content of a cache depends on. DataError if there is no such data source."""
     parts = {
@@ -194,6 +227,7 @@ def cache_key(
         "split": split,
         "prompt_key": prompt_key,
         "options": dataclasses.asdict(options),
+        "faults": dataclasses.asdict(policy),
         "tokenizer": _tokenizer_state(tokenizer),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import jinja2
-
-from mpo_megatron.data.schema import DataError, Message
+from mpo_megatron.data.schema import Message, RecordError
 from mpo_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_SHOWN_TURNS = 6
 Turns = list[dict[str, str]]
 
 _PROBE = "mpoprobe"  # an answer that no template has reason to change, easy to find in what it writes
@@ -32,7 +31,7 @@ class ChatTemplate:
         self.end = self._written_end or self._eos_token()
 
     def prompt(self, messages: Sequence[Message], where: str) -> str:
-        """The conversation up to where the model begins to speak. DataError if the template refuses it."""
+        """The conversation up to where the model begins to speak. RecordError if the template refuses it."""
         return self._render(self._turns(messages), where)
 
     def answer(self, messages: Sequence[Message], prompt: str, text: str, where: str) -> tuple[str, bool]:
@@ -62,12 +61,13 @@ class ChatTemplate:
             text = self._tokenizer.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=turns[-1]["role"] != "assistant"
             )
-        except jinja2.TemplateError as error:
-            roles = ", ".join(turn["role"] for turn in turns)
+        except Exception as error:  # a template is a program, and raises what it likes
+            roles = ", ".join(turn["role"] for turn in turns[:_SHOWN_TURNS])
+            roles += f" and {len(turns) - _SHOWN_TURNS} more" if len(turns) > _SHOWN_TURNS else ""
             fix = "remove the system message" if "system" in roles else "change the order of the turns"
-            raise DataError(
-                f"{where}: the tokenizer's chat template refuses messages of {roles} ({error}); {fix}"
-            ) from None
+            reason = " ".join(str(error).split())[:200]
+            problem = f"the tokenizer's chat template refuses messages of {roles} ({reason}); {fix}"
+            raise RecordError(where, problem, "template") from None
         assert isinstance(text, str)
         return text
 
@@ -81,7 +81,7 @@ class ChatTemplate:
             without = self._tokenizer.apply_chat_template(
                 question, tokenize=False, add_generation_prompt=False
             )
-        except DataError as error:
+        except RecordError as error:
             raise ConfigError(str(error)) from None
         if not all(turn["content"].strip() in prompt for turn in self._system):
             raise ConfigError("the tokenizer's chat template leaves out system_prompt; remove it")

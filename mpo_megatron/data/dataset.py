@@ -5,6 +5,7 @@ A cache is a folder `cache_dir/<key>` with
 - groups.arrow: one row per group (`FEATURES`),
 - prompt_lengths.npy [G], response_offsets.npy [G + 1], response_lengths.npy [R], for planning without tokens,
 - scores.npy [R],
+- skipped.jsonl: what records were left out for, one a line; as they were named when the cache was made,
 - meta.json: the report and the fingerprint of the content.
 
 The key covers everything that the content depends on. A cache is written beside its final name and renamed,
@@ -23,7 +24,9 @@ from datasets import Dataset
 from filelock import FileLock
 from numpy.typing import NDArray
 
+from mpo_megatron.config import FaultConfig
 from mpo_megatron.data.cache import DataReport, cache_key, published, with_progress, write_cache
+from mpo_megatron.data.faults import Faults
 from mpo_megatron.data.readers import read_groups
 from mpo_megatron.data.schema import DataError
 from mpo_megatron.data.selection import GroupDataset, Selection
@@ -31,6 +34,9 @@ from mpo_megatron.data.tokenize import GroupTokenizer, TokenizeOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+SKIPPED_FILE = "skipped.jsonl"
 
 
 class TokenCache:
@@ -43,6 +49,7 @@ class TokenCache:
         response_offsets: int64 [G + 1]; group i has the responses numbered from [i] up to [i + 1].
         response_lengths: int64 [R] tokens of each response, by its number.
         scores: float64 [R].
+        skipped: the file that says which records were left out, and why.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -54,6 +61,7 @@ class TokenCache:
         self.response_offsets: NDArray[np.int64] = np.load(folder / "response_offsets.npy")
         self.response_lengths: NDArray[np.int64] = np.load(folder / "response_lengths.npy")
         self.scores: NDArray[np.float64] = np.load(folder / "scores.npy")
+        self.skipped = folder / SKIPPED_FILE
         self._rows = Dataset.from_file(str(folder / "groups.arrow")).with_format("arrow")
         assert len(self._rows) == len(self.prompt_lengths) == len(self.response_offsets) - 1
 
@@ -86,6 +94,7 @@ def build_dataset(
     selection: Selection | None = None,
     split: str | None = None,
     prompt_key: str | None = None,
+    faults: FaultConfig | None = None,
 ) -> GroupDataset:
     """The tokenised groups of a data source: made here if no cache fits, else opened; then what is selected of them.
 
@@ -98,22 +107,30 @@ def build_dataset(
         cache_dir: folder of the caches; made if missing.
         selection: which responses are trained on, and which are preferred; None: all, by the mean.
         prompt_key: the key of the prompt in records; see `group_from_record`.
+        faults: what becomes of records at fault; None: each ends the run.
 
     Raises:
         DataError: bad data, nothing that is kept, or a folder of caches that cannot be written.
         ConfigError: options that this tokenizer cannot meet.
     """
     cache_dir = Path(cache_dir).expanduser()
-    folder = cache_dir / cache_key(path, tokenizer, options, split, prompt_key)
+    policy = faults or FaultConfig()
+    folder = cache_dir / cache_key(path, tokenizer, options, split, prompt_key, policy)
     try:
         if not folder.is_dir():
             cache_dir.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{folder}.lock"):
                 if not folder.is_dir():  # else another process has made it while this one waited
                     group_tokenizer = GroupTokenizer(tokenizer, options)
-                    groups = with_progress(read_groups(path, split, prompt_key), f"Tokenising {path}")
-                    with published(folder) as unfinished:
-                        write_cache(groups, group_tokenizer, unfinished, str(path))
+                    with (
+                        published(folder) as unfinished,
+                        (unfinished / SKIPPED_FILE).open("w", encoding="utf-8") as report,
+                    ):
+                        on_fault = Faults(policy, report)
+                        groups = with_progress(
+                            read_groups(path, split, prompt_key, on_fault), f"Tokenising {path}"
+                        )
+                        write_cache(groups, group_tokenizer, unfinished, str(path), on_fault)
     except OSError as error:
         raise DataError(
             f"{cache_dir} cannot be written ({error.strerror or error}), and tokenised data go there; make room, or "

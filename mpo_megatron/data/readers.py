@@ -3,16 +3,21 @@
 JSON is read here, line by line, so that a broken line is named. Everything else goes through the `datasets`
 library, in streaming mode: it keeps no copy of local files in its own cache, so an edited file is never
 served stale.
+
+A record at fault goes to an `OnFault`, which raises it or says whether it is left out.
 """
 
 import contextlib
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import logging
 import re
+import sys
 import tempfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,24 +25,44 @@ from typing import Any
 import datasets
 from huggingface_hub import HfApi
 
-from mpo_megatron.data.schema import DataError, ScoredGroup, group_from_record
+from mpo_megatron.config import FaultConfig
+from mpo_megatron.data.faults import Faults, OnFault, repeats, stop
+from mpo_megatron.data.schema import DataError, RecordError, ScoredGroup, fail, group_from_record
 
 Records = Iterator[tuple[str, Any]]
+_Stream = gzip.GzipFile | io.BufferedReader
 
 JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 PARQUET_SUFFIXES = (".parquet",)
+# A line may be longer than any group is; nothing of it is kept.
+LONGEST_LINE = 64 << 20
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def read_groups(
-    path: str | Path, split: str | None = None, prompt_key: str | None = None
+    path: str | Path, split: str | None = None, prompt_key: str | None = None, on_fault: OnFault | None = None
 ) -> Iterator[ScoredGroup]:
-    """The groups of a data source, in order. Arguments, errors: see `read_records`, `group_from_record`."""
-    for where, record in read_records(path, split):
-        yield group_from_record(record, where, prompt_key)
+    """The groups of a data source, in order. Arguments, errors: see `read_records`, `group_from_record`.
+
+    What becomes of records at fault is as in the configuration's defaults, without an `on_fault`.
+
+    An id that an earlier group has and responses of one text are faults too; a group of these that `on_fault` does not
+    leave out is given as it is. The ids and places of all groups are kept for that.
+    """
+    on_fault = on_fault or Faults(FaultConfig())
+    seen: dict[str, str] = {}
+    for where, record in read_records(path, split, on_fault):
+        try:
+            group = group_from_record(record, where, prompt_key)
+        except RecordError as error:
+            on_fault(error)
+            continue
+        if not any(on_fault(error) for error in repeats(group, seen)):
+            seen.setdefault(group.id, where)
+            yield group
 
 
-def read_records(path: str | Path, split: str | None = None) -> Records:
+def read_records(path: str | Path, split: str | None = None, on_fault: OnFault = stop) -> Records:
     """Yields (place, record) for every record of a data source, in its order.
 
     Args:
@@ -45,6 +70,7 @@ def read_records(path: str | Path, split: str | None = None) -> Records:
             folder written by `Dataset.save_to_disk`, any folder that `datasets.load_dataset` reads (Parquet,
             CSV, JSON files), or the name of a dataset on the Hugging Face hub ("organisation/name").
         split: which split of a folder or hub dataset; needed only where there are several.
+        on_fault: told of lines that cannot be read; a line that it does not raise is left out.
 
     Places are "file:line" for lines and "source[index]" or "source (split)[index]", counted from 0, for rows.
 
@@ -56,7 +82,7 @@ def read_records(path: str | Path, split: str | None = None) -> Records:
         reader = _file_reader(path)
         if split is not None:
             raise DataError(f"split={split!r} was asked of {path}, which is a single file; leave split out")
-        return reader(path)
+        return reader(path, on_fault)
     if path.is_dir():
         return _read_folder(path, split)
     if _is_hub_name(path):
@@ -90,14 +116,14 @@ def content_digest(path: str | Path) -> str:
 # ---- JSON --------------------------------------------------------------------------------------------------
 
 
-def _read_json(path: Path) -> Records:
+def _read_json(path: Path, on_fault: OnFault) -> Records:
     opener = gzip.open if path.suffix.lower() == ".gz" else open
     try:
         with opener(path, "rb") as stream:
             start = stream.peek(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
             is_list = start.startswith(b"[")
-            yield from _json_list(path, stream.read()) if is_list else _json_lines(path, stream)
-    except (gzip.BadGzipFile, EOFError) as error:
+            yield from _json_list(path, stream.read()) if is_list else _json_lines(path, stream, on_fault)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be unpacked ({error}); write it again with gzip") from None
     except OSError as error:
         raise DataError(
@@ -105,15 +131,41 @@ def _read_json(path: Path) -> Records:
         ) from None
 
 
-def _json_lines(path: Path, stream: Iterable[bytes]) -> Records:
-    for number, line in enumerate(stream, start=1):
+def _json_lines(path: Path, stream: _Stream, on_fault: OnFault) -> Records:
+    for number, line in enumerate(_lines(stream), start=1):
         where = f"{path}:{number}"
-        if line.strip():
-            yield where, _parse_json(line.rstrip(), where, "every line must hold one whole JSON object")
+        try:
+            if line is None:
+                fail(
+                    where,
+                    f"the line has {LONGEST_LINE:,} bytes or more; write one group a line",
+                    "unreadable",
+                )
+            if not line.strip():
+                continue
+            record = _parse_json(line.rstrip(), where, "every line must hold one whole JSON object")
+        except RecordError as error:
+            on_fault(error)
+            continue
+        yield where, record
+
+
+def _lines(stream: _Stream) -> Iterator[bytes | None]:
+    """Each line; None for one above LONGEST_LINE, which is gone past in parts."""
+    while line := stream.readline(LONGEST_LINE):
+        if len(line) < LONGEST_LINE or line.endswith(b"\n"):
+            yield line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = stream.readline(LONGEST_LINE)
+        yield None
 
 
 def _json_list(path: Path, text: bytes) -> Records:
-    records = _parse_json(text, str(path), "a file that starts with [ must hold one JSON list of objects")
+    try:
+        records = _parse_json(text, str(path), "a file that starts with [ must hold one JSON list of objects")
+    except RecordError as error:
+        raise DataError(str(error)) from None  # no record of it can be told from another
     for index, record in enumerate(records):
         yield f"{path}[{index}]", record
 
@@ -122,12 +174,14 @@ def _parse_json(text: bytes, where: str, rule: str) -> Any:
     try:
         return json.loads(text.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{where}: not UTF-8 (byte {error.start}: {error.reason}); save the file as UTF-8"
-        ) from None
+        fail(where, f"not UTF-8 (byte {error.start}: {error.reason}); save the file as UTF-8", "unreadable")
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
-        raise DataError(f"{where}: not valid JSON ({error.msg} at {place}); {rule}") from None
+        fail(where, f"not valid JSON ({error.msg} at {place}); {rule}", "unreadable")
+    except RecursionError:
+        fail(where, f"nested too deep; {rule}", "unreadable")
+    except ValueError:
+        fail(where, f"a number of more than {sys.get_int_max_str_digits()} digits; {rule}", "unreadable")
 
 
 # ---- through the datasets library --------------------------------------------------------------------------
@@ -136,7 +190,7 @@ def _parse_json(text: bytes, where: str, rule: str) -> Any:
 _END = object()
 
 
-def _read_parquet(path: Path) -> Records:
+def _read_parquet(path: Path, on_fault: OnFault) -> Records:
     rows, _ = _load("parquet", None, shown=str(path), data_files={"train": str(path)})
     return _rows(rows, str(path))
 
@@ -190,7 +244,7 @@ def _readable(shown: str) -> Iterator[None]:
         raise
     except Exception as error:  # of datasets, pyarrow, fsspec, the hub: they have no base in common
         cause = error.__cause__ or error
-        reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
+        reason = f"{type(cause).__name__}: {cause}".splitlines()[0][:200]
         raise DataError(
             f"{shown} cannot be read as a dataset ({reason}); give a .jsonl or .parquet file, a folder of "
             "them, a folder written by save_to_disk, or a hub dataset that this machine can reach"
@@ -214,13 +268,13 @@ def _quiet_datasets() -> Iterator[None]:
 
 # ---- choosing ----------------------------------------------------------------------------------------------
 
-READERS: tuple[tuple[tuple[str, ...], Callable[[Path], Records]], ...] = (
+READERS: tuple[tuple[tuple[str, ...], Callable[[Path, OnFault], Records]], ...] = (
     (JSON_SUFFIXES, _read_json),
     (PARQUET_SUFFIXES, _read_parquet),
 )
 
 
-def _file_reader(path: Path) -> Callable[[Path], Records]:
+def _file_reader(path: Path) -> Callable[[Path, OnFault], Records]:
     for suffixes, reader in READERS:
         if path.name.lower().endswith(suffixes):
             return reader

@@ -3,11 +3,11 @@
 A record is a mapping in one of the shapes of `SHAPES`. Each shape has one small function that says where its
 prompt and its responses are; the checks afterwards are the same for all. A value of None counts as absent,
 since columns of Parquet files hold None where a line of JSON has no such key. Every error names the place in
-the data.
+the data and is one line of bounded length, whatever the record holds.
 """
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+import reprlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, NoReturn
@@ -18,10 +18,38 @@ Record = Mapping[str, Any]
 
 ROLES = ("system", "user", "assistant")
 LABEL_SCORES = {"preferred": 1.0, "dispreferred": 0.0}
+# Objectives take scores in float32.
+LARGEST_SCORE = 3.4e38
+
+_SHOWN_KEYS = 10
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = _repr.maxlong = 60
+
+
+def brief(value: Any) -> str:
+    """A value for a message: as repr has it, on one line, long ones without their middle."""
+    return _repr.repr(value)
 
 
 class DataError(UserError):
     """The data must change: the sentence names the place, the value found, the rule, and what to do."""
+
+
+class RecordError(DataError):
+    """One record is at fault, and others can be read.
+
+    Args:
+        where: the place of the record in the data.
+        problem: what is wrong, and what to do.
+        fault: a key of `config.FaultConfig`, or "long_prompt".
+    """
+
+    def __init__(self, where: str, problem: str, fault: str) -> None:
+        super().__init__(where, problem, fault)  # as pickle hands it to other processes
+        self.where, self.problem, self.fault = where, problem, fault
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.problem}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,27 +112,38 @@ def group_from_record(record: Record, where: str, prompt_key: str | None = None)
         prompt_key: the key of the prompt (text or messages); None looks for messages, prompt and instruction.
 
     Raises:
-        DataError: the record has no known shape or breaks one of its rules.
+        RecordError: the record has no known shape or breaks one of its rules.
     """
+    try:
+        return _group(record, where, prompt_key)
+    except RecursionError:  # of values that are nested almost as deep as the reader of JSON goes
+        fail(where, "is nested too deep; write one of the known shapes")
+
+
+def _group(record: Record, where: str, prompt_key: str | None) -> ScoredGroup:
     if not isinstance(record, Mapping):
-        _fail(where, f"found {_kind(record)}; a record must be an object, e.g. {SHAPES[0].example}")
+        fail(where, f"found {_kind(record)}; a record must be an object, e.g. {SHAPES[0].example}")
     shape = next((shape for shape in SHAPES if all(record.get(key) is not None for key in shape.keys)), None)
     if shape is None:
-        found = ", ".join(key for key, value in record.items() if value is not None) or "none"
+        found = _keys(key for key, value in record.items() if value is not None) or "none"
         known = "; ".join(shape.example for shape in SHAPES)
-        _fail(where, f"no known shape has the keys found ({found}); write one of: {known}")
+        fail(where, f"no known shape has the keys found ({found}); write one of: {known}")
     parts = shape.split(record, prompt_key, where)
     count = len(parts.responses)
     if count < 2:
         found = "1 response" if count == 1 else "no responses"
-        _fail(where, f"the group has {found} and needs at least 2; add some, or leave the record out")
+        fail(where, f"the group has {found} and needs at least 2; add some, or leave the record out")
     numbered = enumerate(parts.responses, start=1)
     scored = [_scored(response, f"response {number} of {count}", where) for number, response in numbered]
     if len({by_label for _, by_label in scored}) > 1:
-        _fail(where, "some responses have a score and others only a label; give all a score, or all a label")
+        message = "some responses have a score and others only a label; give all a score, or all a label"
+        fail(where, message, "score")
     own_id = _first(record, ("id", "prompt_id"))
+    if own_id is not None and not isinstance(own_id, str | Real):
+        fail(where, f"the id is {_kind(own_id)}; it must be a text or a number, or left out")
     return ScoredGroup(
-        id=str(own_id) if own_id is not None else where.rpartition("/")[2],  # the same wherever the file lies
+        # By default the same wherever the file lies.
+        id=_readable(str(own_id), "the id", where) if own_id is not None else where.rpartition("/")[2],
         messages=_messages(parts.prompt, where),
         responses=tuple(response for response, _ in scored),
         where=where,
@@ -136,7 +175,7 @@ def _split_pair(record: Record, prompt_key: str | None, where: str) -> _Parts:
     chosen_prompt, chosen = _last_turn(record["chosen"], "chosen", where)
     rejected_prompt, rejected = _last_turn(record["rejected"], "rejected", where)
     if chosen_prompt != rejected_prompt:
-        _fail(where, "chosen and rejected differ before their last turn; both must answer the same prompt")
+        fail(where, "chosen and rejected differ before their last turn; both must answer the same prompt")
     scores = [_first(record, (f"score_{side}", f"{side}_score")) for side in ("chosen", "rejected")]
     if scores == [None, None]:
         scores = [LABEL_SCORES["preferred"], LABEL_SCORES["dispreferred"]]
@@ -148,10 +187,10 @@ def _split_score_lists(record: Record, prompt_key: str | None, where: str) -> _P
     texts, scores = record["all_generated_responses"], record["all_rm_scores"]
     for name, values in (("all_generated_responses", texts), ("all_rm_scores", scores)):
         if not _is_list(values):
-            _fail(where, f"{name} is {_kind(values)}; it must be a list with one entry per response")
+            fail(where, f"{name} is {_kind(values)}; it must be a list with one entry per response")
     if len(texts) != len(scores):
         lengths = f"all_generated_responses has {len(texts)} entries and all_rm_scores has {len(scores)}"
-        _fail(where, f"{lengths}; give every response one score")
+        fail(where, f"{lengths}; give every response one score")
     responses = [{"text": text, "score": score} for text, score in zip(texts, scores, strict=True)]
     return _Parts(_prompt(record, prompt_key, where), responses)
 
@@ -188,9 +227,10 @@ def _scored(item: Mapping[str, Any], name: str, where: str) -> tuple[ScoredRespo
     """The checked response, and whether its score came from a label."""
     text = item.get("text")
     if not isinstance(text, str):
-        _fail(where, f"{name} has {_kind(text)} for its text; it must be a text")
+        fail(where, f"{name} has {_kind(text)} for its text; it must be a text")
     if not text.strip():
-        _fail(where, f"{name} is empty; remove the response, or the record if fewer than 2 remain")
+        fail(where, f"{name} is empty; remove the response, or the record if fewer than 2 remain", "empty")
+    _readable(text, name, where)
     by_label = item.get("score") is None and item.get("label") is not None
     score = _label_score(item["label"], name, where) if by_label else _finite(item.get("score"), name, where)
     return ScoredResponse(text, score, str(item.get("finish_reason") or "stop")), by_label
@@ -198,18 +238,45 @@ def _scored(item: Mapping[str, Any], name: str, where: str) -> tuple[ScoredRespo
 
 def _finite(score: Any, name: str, where: str) -> float:
     if score is None:
-        _fail(where, f'{name} has no score; add a "score" (a finite number), or a "label" to every response')
+        fix = 'add a "score" (a finite number), or a "label" to every response'
+        fail(where, f"{name} has no score; {fix}", "score")
+    shown = brief(score)
     if isinstance(score, bool) or not isinstance(score, Real):
-        _fail(where, f"{name} has score {score!r}, {_kind(score)}; scores must be numbers: write it as one")
-    if not math.isfinite(score):
-        _fail(where, f"{name} has score {score}; scores must be finite numbers: score it again or remove it")
-    return float(score)
+        fail(
+            where,
+            f"{name} has score {shown}, {_kind(score)}; scores must be numbers: write it as one",
+            "score",
+        )
+    try:
+        value = float(score)
+    except OverflowError:  # of an integer
+        value = 2 * LARGEST_SCORE
+    if not abs(value) < float("inf"):
+        fail(
+            where,
+            f"{name} has score {shown}; scores must be finite numbers: score it again or remove it",
+            "score",
+        )
+    if abs(value) > LARGEST_SCORE:
+        fail(where, f"{name} has score {shown}, beyond {LARGEST_SCORE:g}; scale the scores down", "score")
+    return value
 
 
 def _label_score(label: Any, name: str, where: str) -> float:
     if not isinstance(label, str) or label not in LABEL_SCORES:
-        _fail(where, f'{name} has label {label!r}; write "preferred" or "dispreferred", or a numeric "score"')
+        fix = 'write "preferred" or "dispreferred", or a numeric "score"'
+        fail(where, f"{name} has label {brief(label)}; {fix}", "score")
     return LABEL_SCORES[label]
+
+
+def _readable(text: str, name: str, where: str) -> str:
+    """The text, if it can be written as UTF-8: JSON may hold halves of characters, and no tokenizer takes them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}, half of a character, at {error.start}"
+        fail(where, f"{name} has {half}; write the character whole, or remove it", "unreadable")
+    return text
 
 
 def _messages(prompt: Any, where: str) -> tuple[Message, ...]:
@@ -218,22 +285,21 @@ def _messages(prompt: Any, where: str) -> tuple[Message, ...]:
         prompt = [{"role": "user", "content": prompt}]
     turns = _objects(prompt, "the prompt", where)
     if not turns:
-        _fail(where, "the prompt has no messages; give it at least one user turn")
+        fail(where, "the prompt has no messages; give it at least one user turn")
     messages = []
     for number, turn in enumerate(turns, start=1):
         role, content = turn.get("role"), turn.get("content")
         if role not in ROLES:
-            _fail(where, f"message {number} of the prompt has role {role!r}; roles are {', '.join(ROLES)}")
+            found = f"message {number} of the prompt has role {brief(role)}"
+            fail(where, f"{found}; roles are {', '.join(ROLES)}")
         if not isinstance(content, str):
-            _fail(
-                where, f"message {number} of the prompt has {_kind(content)} for content; it must be a text"
-            )
-        messages.append(Message(role, content))
+            fail(where, f"message {number} of the prompt has {_kind(content)} for content; it must be a text")
+        messages.append(Message(role, _readable(content, f"message {number} of the prompt", where)))
     if messages[-1].role != "user":
         found = f"the last message of the prompt has role {messages[-1].role!r}"
-        _fail(where, f"{found}; a prompt must end with a user turn: move an answer to the responses")
+        fail(where, f"{found}; a prompt must end with a user turn: move an answer to the responses")
     if not messages[-1].content.strip():
-        _fail(where, "the prompt is empty; write one or leave the record out")
+        fail(where, "the prompt is empty; write one or leave the record out", "empty")
     return tuple(messages)
 
 
@@ -241,9 +307,11 @@ def _prompt(record: Record, prompt_key: str | None, where: str) -> Any:
     keys = (prompt_key,) if prompt_key else ("messages", "prompt", "instruction")
     prompt = _first(record, keys)
     if prompt is None:
-        problem = "there is no prompt" if prompt_key is None else f"there is no prompt_key={prompt_key!r}"
+        problem = (
+            "there is no prompt" if prompt_key is None else f"there is no prompt_key={brief(prompt_key)}"
+        )
         fix = "add the prompt, as a text or a list of messages, or set prompt_key to the key that holds it"
-        _fail(where, f"{problem} among the keys ({', '.join(record)}); {fix}")
+        fail(where, f"{problem} among the keys ({_keys(record)}); {fix}")
     return prompt
 
 
@@ -254,13 +322,13 @@ def _last_turn(side: Any, name: str, where: str) -> tuple[list[Mapping[str, Any]
     turns = _objects(side, name, where)
     if not turns or turns[-1].get("role") != "assistant":
         role = turns[-1].get("role") if turns else None
-        _fail(where, f"the last message of {name} has role {role!r}; it must be the assistant's answer")
+        fail(where, f"the last message of {name} has role {brief(role)}; it must be the assistant's answer")
     return list(turns[:-1]), turns[-1].get("content")
 
 
 def _objects(value: Any, name: str, where: str) -> Sequence[Mapping[str, Any]]:
     if not _is_list(value) or not all(isinstance(item, Mapping) for item in value):
-        _fail(where, f"{name} is {_kind(value)}; it must be a list of objects")
+        fail(where, f"{name} is {_kind(value)}; it must be a list of objects")
     objects: Sequence[Mapping[str, Any]] = value
     return objects
 
@@ -281,5 +349,13 @@ def _kind(value: Any) -> str:
     return "an object" if isinstance(value, Mapping) else names.get(type(value), f"a {type(value).__name__}")
 
 
-def _fail(where: str, problem: str) -> NoReturn:
-    raise DataError(f"{where}: {problem}")
+def _keys(keys: Iterable[str]) -> str:
+    """The first of them, for a message."""
+    names = list(keys)
+    shown = [name if name.isidentifier() and len(name) <= 60 else brief(name) for name in names[:_SHOWN_KEYS]]
+    return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
+
+
+def fail(where: str, problem: str, fault: str = "shape") -> NoReturn:
+    """Raise RecordError for the record at that place."""
+    raise RecordError(where, problem, fault)

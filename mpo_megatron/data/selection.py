@@ -98,6 +98,7 @@ class GroupDataset:
     Attributes:
         fingerprint: digest of the content (ids, tokens, scores, preferences, in order).
         report: what became of the data.
+        skipped: the file that says which records were left out, and why, one a line.
         prompt_lengths: int64 [G] tokens of each prompt.
         response_offsets: int64 [G + 1]; group i has the responses numbered from [i] up to [i + 1].
         response_lengths: int64 [R] tokens of each response, by its number.
@@ -113,6 +114,7 @@ class GroupDataset:
             DataError: no group is left.
         """
         self._base = base
+        self.skipped = base.skipped
         self._scores = base.scores
         sizes = np.diff(base.response_offsets)
         if selection.score_noise:

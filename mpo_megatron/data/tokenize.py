@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from mpo_megatron.data.chat import ChatTemplate
-from mpo_megatron.data.schema import DataError, ScoredGroup
+from mpo_megatron.data.faults import LONG_PROMPT, OnFault, stop
+from mpo_megatron.data.schema import RecordError, ScoredGroup, brief, fail
 from mpo_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -116,37 +117,47 @@ class GroupTokenizer:
         self._leading_ids = _leading_ids(tokenizer)
         self._eos_ids = [tokenizer.eos_token_id]
 
-    def __call__(self, groups: Sequence[ScoredGroup]) -> list[GroupTokens | None]:
-        """The ids of each group, in order; None where a long prompt is to be skipped.
+    def __call__(self, groups: Sequence[ScoredGroup], on_fault: OnFault = stop) -> list[GroupTokens | None]:
+        """The ids of each group, in order; None where it is left out.
+
+        Args:
+            on_fault: told of groups that the template refuses or that have no tokens, which are left out if it does
+                not raise them, and of long prompts that the options leave out.
 
         Raises:
-            DataError: a prompt above the limit (truncation "error"), or messages that the template refuses.
+            RecordError: a prompt above the limit (truncation "error"), or what `on_fault` raises.
         """
-        if not groups:
-            return []
-        texts = [self._texts(group) for group in groups]
-        prompts = self._encode([text.prompt for text in texts])
-        whole = iter(self._encode([text.prompt + answer for text in texts for answer in text.answers]))
-        return [
-            self._group_tokens(group, text, prompt_ids, [next(whole) for _ in text.answers])
-            for group, text, prompt_ids in zip(groups, texts, prompts, strict=True)
-        ]
+        texts = [self._texts_or_fault(group) for group in groups]
+        given = [text for text in texts if isinstance(text, _Texts)]
+        prompts = iter(self._encode([text.prompt for text in given]))
+        whole = iter(self._encode([text.prompt + answer for text in given for answer in text.answers]))
+        tokens: list[GroupTokens | None] = []
+        for group, text in zip(groups, texts, strict=True):
+            try:
+                if isinstance(text, RecordError):
+                    raise text
+                tokens.append(
+                    self._group_tokens(group, text, next(prompts), [next(whole) for _ in text.answers])
+                )
+            except RecordError as error:
+                if error.fault == LONG_PROMPT and self._options.truncation == "error":
+                    raise
+                on_fault(error)
+                tokens.append(None)
+        return tokens
 
     def _group_tokens(
         self, group: ScoredGroup, text: _Texts, prompt_ids: list[int], whole: list[list[int]]
-    ) -> GroupTokens | None:
+    ) -> GroupTokens:
         """Applies the length rules to the ids of the prompt and of prompt + answer for each answer."""
         options = self._options
         kept_prompt_ids = self._leading_ids + prompt_ids
         too_long = len(kept_prompt_ids) > options.max_prompt_length
-        if too_long and options.truncation == "skip":
-            return None
-        if too_long and options.truncation == "error":
-            raise DataError(
-                f"{group.where}: the prompt has {len(kept_prompt_ids)} tokens, and max_prompt_length is "
-                f"{options.max_prompt_length}; raise it, or set truncation to skip (leave such groups out) "
-                "or left (keep the last tokens of such prompts)"
-            )
+        if too_long and options.truncation != "left":
+            limit, length = options.max_prompt_length, len(kept_prompt_ids)
+            found = f"the prompt has {length} tokens, and max_prompt_length is {limit}"
+            fix = "truncation to skip (leave such groups out) or left (keep the last tokens of such prompts)"
+            fail(group.where, f"{found}; raise it, or set {fix}", LONG_PROMPT)
         kept_prompt_ids = kept_prompt_ids[-options.max_prompt_length :]
         room = options.max_length - len(kept_prompt_ids)
         response_ids, merges, cut = [], 0, 0
@@ -156,19 +167,24 @@ class GroupTokenizer:
             if response.finish_reason != "length":
                 answer_ids = answer_ids + self._eos_ids
             if not answer_ids:
-                raise DataError(f"{group.where}: the response {response.text!r} has no tokens; remove it")
+                fail(group.where, f"the response {brief(response.text)} has no tokens; remove it", "template")
             merges += merged
             cut += len(answer_ids) > room
             response_ids.append(answer_ids[:room])
         return GroupTokens(kept_prompt_ids, response_ids, too_long, cut, merges, text.rewritten)
 
+    def _texts_or_fault(self, group: ScoredGroup) -> _Texts | RecordError:
+        try:
+            return self._texts(group)
+        except RecordError as error:
+            return error
+
     def _texts(self, group: ScoredGroup) -> _Texts:
         if self._template is None:
             if len(group.messages) != 1:
-                raise DataError(
-                    f"{group.where}: the prompt has {len(group.messages)} messages, and no chat template is "
-                    "applied; give the prompt as one text, or use a tokenizer with a chat template"
-                )
+                found = f"the prompt has {len(group.messages)} messages, and no chat template is applied"
+                fix = "give the prompt as one text, or use a tokenizer with a chat template"
+                fail(group.where, f"{found}; {fix}", "template")
             return _Texts(group.messages[0].content, [response.text for response in group.responses], 0)
         prompt = self._template.prompt(group.messages, group.where)
         answers, rewritten = [], 0
@@ -179,6 +195,8 @@ class GroupTokenizer:
         return _Texts(prompt, answers, rewritten)
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
         encoded = self._tokenizer(
             texts,
             add_special_tokens=False,  # a template's text has its own

@@ -43,4 +43,4 @@ def open_data(config: Config, selection: Selection, path: str) -> GroupDataset:
     )
     tokenizer = load_tokenizer(model_folder(config.model.restore_from_path))
     cache = Path(data.cache_dir).expanduser() / "data"
-    return build_dataset(path, tokenizer, options, cache_dir=cache, selection=selection)
+    return build_dataset(path, tokenizer, options, cache_dir=cache, selection=selection, faults=data.faults)

@@ -1,6 +1,7 @@
 """A job before its first step: experiment, model, optimizer, reference log-probs; resumed where it was left."""
 
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -86,6 +87,7 @@ def build_job(setup: Setup) -> Job:
     throughput = measure(setup)
     if layout.is_main:
         _introduce(setup, folder, throughput)
+        _copy_faults(setup, folder)
 
     tensor_parallel.model_parallel_cuda_manual_seed(config.trainer.seed)
     chunks = build_model(setup.architecture, layout, options)
@@ -169,6 +171,15 @@ def _introduce(setup: Setup, folder: Path, throughput: Throughput) -> None:
     ]
     for line in lines:
         say(line)
+
+
+def _copy_faults(setup: Setup, folder: Path) -> None:
+    """What records of the data were left out for, into the run's folder: the cache may go."""
+    for split in (setup.train, setup.validation):
+        if split is not None and split.dataset.skipped.stat().st_size:
+            target = folder / f"skipped_{split.name}.jsonl"
+            shutil.copyfile(split.dataset.skipped, target)
+            say(f"left out    of {split.name}, each with its reason: {target}")
 
 
 def _fp8_lines(fp8: Fp8 | None) -> list[str]:

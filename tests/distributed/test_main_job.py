@@ -637,6 +637,31 @@ def test_bad_data_stops_all_ranks_with_file_and_line(
     assert not (tmp_path / "run").exists()
 
 
+def test_data_at_fault_are_left_out_where_it_is_asked_for(
+    inputs: dict[str, Path], ranks: Any, tmp_path: Path
+) -> None:
+    """The run is that of the good lines alone, to the last bit, and its folder says what was left out."""
+    lines = inputs["train"].read_text().splitlines()
+    (tmp_path / "good").mkdir()
+    (tmp_path / "good" / "data.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    wrong = [line for pair in zip(WRONG_LINES, lines, strict=False) for line in pair]
+    (tmp_path / "data.jsonl").write_text(
+        "".join(f"{line}\n" for line in [*wrong, *lines[len(WRONG_LINES) :]])
+    )
+    skips = [f"model.data.faults.{name}=skip" for name in ("unreadable", "shape", "score", "empty")]
+    for folder, more in ((tmp_path / "good", []), (tmp_path, ["model.data.truncation=skip", *skips])):
+        more = [f"model.data.train={folder / 'data.jsonl'}", "trainer.max_steps=3", *more]
+        (output,) = ranks(1).run(printed, arguments(inputs, folder / "run", *more), timeout=240)
+    report = tmp_path / "run" / "skipped_train.jsonl"
+    assert f"left out    of train, each with its reason: {report}" in output
+    assert "40 of 45 groups kept" in output
+    found = [json.loads(line) for line in report.read_text().splitlines()]
+    assert sorted(line["fault"] for line in found) == ["empty", "long_prompt", "score", "shape", "unreadable"]
+    assert {line["where"] for line in found} == {f"{tmp_path / 'data.jsonl'}:{n}" for n in (1, 3, 5, 7, 9)}
+    assert exact(tmp_path / "run") == exact(tmp_path / "good" / "run")
+    assert not (tmp_path / "good" / "run" / "skipped_train.jsonl").exists()
+
+
 def test_start_from_checkpoints(inputs: dict[str, Path], one_rank: Path, ranks: Any, tmp_path: Path) -> None:
     """From what `import_hf` makes as from the folder itself, and from a run's checkpoint as from its export."""
     from mpo_megatron.conversion.convert import import_hf

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from mpo_megatron.config import FaultConfig
 from mpo_megatron.data import cache
 from mpo_megatron.data.cache import DataReport
 from mpo_megatron.data.dataset import build_dataset
@@ -252,7 +253,7 @@ def test_cache_serves_the_same_content_elsewhere(data: Path, no_tokenising: None
     elsewhere.mkdir()
     write(elsewhere / data.name, RECORDS)
     keys = [
-        cache.cache_key(path, make_tokenizer(CHATML), OPTIONS, None, None)
+        cache.cache_key(path, make_tokenizer(CHATML), OPTIONS, None, None, FaultConfig())
         for path in (data, elsewhere / data.name)
     ]
     assert keys[0] == keys[1]
@@ -294,10 +295,10 @@ def test_edited_data_makes_another_cache(data: Path) -> None:
 
 def test_key_ignores_how_the_tokenizer_was_used_last(data: Path) -> None:
     tokenizer = make_tokenizer(CHATML)
-    before = cache.cache_key(data, tokenizer, OPTIONS, None, None)
+    before = cache.cache_key(data, tokenizer, OPTIONS, None, None, FaultConfig())
     tokenizer.backend_tokenizer.enable_padding(length=64)
     tokenizer.backend_tokenizer.enable_truncation(8)
-    assert cache.cache_key(data, tokenizer, OPTIONS, None, None) == before
+    assert cache.cache_key(data, tokenizer, OPTIONS, None, None, FaultConfig()) == before
 
 
 @pytest.mark.parametrize("change", ["id", "score", "text"])
@@ -314,7 +315,7 @@ def test_fingerprint_follows_the_content(data: Path, change: str) -> None:
 
 
 def test_remains_of_a_killed_process_are_replaced(data: Path) -> None:
-    key = cache.cache_key(data, make_tokenizer(CHATML), OPTIONS, None, None)
+    key = cache.cache_key(data, make_tokenizer(CHATML), OPTIONS, None, None, FaultConfig())
     unfinished = data.parent / "cache" / f"{key}.{socket.gethostname()}.unfinished"
     unfinished.mkdir(parents=True)
     (unfinished / "groups.arrow").write_bytes(b"half")
@@ -360,13 +361,13 @@ def _build_in_process(data: Path, log: Path, start: Any) -> None:
     """Builds when the others do; writes its process id each time it tokenises, slowly so that builds overlap."""
     tokenise = GroupTokenizer.__call__
 
-    def slowly(self: GroupTokenizer, groups: Any) -> Any:
+    def slowly(self: GroupTokenizer, groups: Any, on_fault: Any) -> Any:
         with log.open("a", encoding="utf-8") as stream:
             stream.write(f"tokenised by {os.getpid()}\n")
         time.sleep(0.5)
-        return tokenise(self, groups)
+        return tokenise(self, groups, on_fault)
 
-    GroupTokenizer.__call__ = slowly  # type: ignore[method-assign]
+    GroupTokenizer.__call__ = slowly  # type: ignore[method-assign, assignment]
     start.wait(timeout=30)
     built = build(data)
     with log.open("a", encoding="utf-8") as stream:
