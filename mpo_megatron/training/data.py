@@ -31,16 +31,27 @@ def selection_of(config: Config, entry: objectives.Entry) -> Selection:
     )
 
 
-def open_data(config: Config, selection: Selection, path: str) -> GroupDataset:
-    """The tokenised groups of a data source, made or opened."""
+def tokenize_options(config: Config) -> TokenizeOptions:
+    """How the run's groups are tokenised."""
     data = config.model.data
-    options = TokenizeOptions(
+    return TokenizeOptions(
         max_prompt_length=data.max_prompt_length,
         max_length=data.max_length,
         truncation=data.truncation,
         apply_chat_template=data.apply_chat_template,
         system_prompt=data.system_prompt,
     )
+
+
+def open_data(config: Config, selection: Selection, path: str) -> GroupDataset:
+    """The tokenised groups of a data source, made or opened."""
+    data = config.model.data
     tokenizer = load_tokenizer(model_folder(config.model.restore_from_path))
-    cache = Path(data.cache_dir).expanduser() / "data"
-    return build_dataset(path, tokenizer, options, cache_dir=cache, selection=selection, faults=data.faults)
+    return build_dataset(
+        path,
+        tokenizer,
+        tokenize_options(config),
+        cache_dir=Path(data.cache_dir).expanduser() / "data",
+        selection=selection,
+        faults=data.faults,
+    )

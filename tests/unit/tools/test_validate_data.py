@@ -1,0 +1,147 @@
+"""What the tool says of data is what a run makes of them."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from mpo_megatron.config import FaultConfig
+from mpo_megatron.data import Selection, TokenizeOptions, build_dataset
+from tests.helpers.models import make_llama
+from tests.helpers.tokenizers import LLAMA2, make_tokenizer
+from tests.unit.data.test_faults import LINES, line
+from tools.validate_data import main
+
+OPTIONS = TokenizeOptions(max_prompt_length=40, max_length=60)
+LIMITS = ["model.data.max_prompt_length=40", "model.data.max_length=60"]
+
+
+def good(folder: Path) -> Path:
+    path = folder / "good.jsonl"
+    groups = [
+        {
+            "id": f"g{n}",
+            "prompt": f"Name {n} colours.",
+            "responses": [{"text": "Red " * (k + 1), "score": float((n * k) % 5)} for k in range(2 + n % 4)],
+        }
+        for n in range(1, 40)
+    ]
+    path.write_text("".join(json.dumps(group) + "\n" for group in groups))
+    return path
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, dict[str, Any]]:
+    status = main(args)
+    output = capsys.readouterr().out
+    return status, output, json.loads(output.splitlines()[-1])
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = make_llama(tmp_path / "model", max_position_embeddings=512)
+    make_tokenizer(LLAMA2).save_pretrained(folder)
+    return folder
+
+
+def test_figures_are_those_of_the_runs_own_groups(tmp_path: Path, model: Path, capsys: Any) -> None:
+    data = good(tmp_path)
+    keys = [*LIMITS, f"model.data.train={data}", f"model.restore_from_path={model}"]
+    keys += ["model.data.keep_best=1", "model.data.keep_worst=2", "model.mpo.partition=selected"]
+    status, _, figures = run(capsys, *keys)
+    train = figures["train"]
+    assert (status, train["unit"], train["groups"], train["stops"]) == (0, "tokens", 39, False)
+    built = build_dataset(
+        data, make_tokenizer(LLAMA2), OPTIONS, cache_dir=tmp_path / "cache",
+        selection=Selection(partition="selected", keep_best=1, keep_worst=2, needs_preferred=False),
+    )  # fmt: skip
+    groups = [built.group(i) for i in range(len(built))]
+    found = train["distributions"]
+    preferred = [int(group.preferred.sum()) for group in groups]
+    assert train["without_preferred"] == preferred.count(0) > 0
+    assert found["preferred of a group"]["mean"] == np.mean(preferred)
+    assert found["dispreferred of a group"]["mean"] == np.mean([np.sum(~group.preferred) for group in groups])
+    assert found["prompt length"]["mean"] == np.mean(built.prompt_lengths)
+    assert found["prompt length"]["most"] == np.max(built.prompt_lengths)
+    whole = build_dataset(data, make_tokenizer(LLAMA2), OPTIONS, cache_dir=tmp_path / "cache",
+        selection=Selection(needs_preferred=False))  # fmt: skip
+    assert found["response length"]["5%"] == np.quantile(whole.response_lengths, 0.05)
+    assert train["responses"] == len(whole.response_lengths)
+    scores = [np.sort(whole.group(i).scores) for i in range(len(whole))]
+    assert found["gap between neighbouring scores"]["mean"] == np.mean(
+        np.concatenate([np.diff(s) for s in scores])
+    )
+    assert found["score"]["95%"] == np.quantile(np.concatenate(scores), 0.95)
+
+
+def test_every_fault_is_found_in_one_go(tmp_path: Path, model: Path, capsys: Any) -> None:
+    named = [text.replace(b'"id": "x"', b'"id": "x%d"' % n) for n, (_, text, _) in enumerate(LINES.values())]
+    data = tmp_path / "bad.jsonl"
+    data.write_bytes(b"\n".join([line("g0"), *named, line("last")]))
+    keys = [*LIMITS, f"model.data.train={data}", f"model.restore_from_path={model}"]
+    report = tmp_path / "faults.jsonl"
+    status, output, figures = run(capsys, *keys, "--report", str(report))
+    counts = {fault: sum(of == fault for of, _, _ in LINES.values()) for fault, _, _ in LINES.values()}
+    assert figures["train"]["faults"] == counts
+    assert (status, figures["train"]["stops"]) == (1, True)
+    # Those that are equal with one score are kept.
+    assert figures["train"]["groups"] == 3
+    noted = [json.loads(text) for text in report.read_text(encoding="utf-8").splitlines()]
+    assert {(of["where"], of["fault"]) for of in noted} == {
+        (f"{data}:{number}", fault) for number, (fault, _, _) in enumerate(LINES.values(), start=2)
+    }
+    for fault, count in counts.items():
+        assert f"fault {fault}: {count} records" in output
+    assert "fault score: 5 records (a run stops there), such as" in output
+    skips = [f"model.data.faults.{field.name}=skip" for field in fields(FaultConfig)]
+    status, _, figures = run(capsys, *keys, *skips, "model.data.truncation=skip")
+    assert (status, figures["train"]["groups"], figures["train"]["faults"]) == (0, 2, counts)
+
+
+def test_without_a_model_lengths_are_in_characters(tmp_path: Path, capsys: Any) -> None:
+    status, output, figures = run(capsys, f"model.data.train={good(tmp_path)}")
+    assert (status, figures["train"]["unit"]) == (0, "characters")
+    assert figures["train"]["distributions"]["response length"]["most"] == len("Red ") * 5
+    assert "lengths in characters" in output
+
+
+def test_the_picture_shows_both_data_sets(tmp_path: Path, capsys: Any) -> None:
+    data = good(tmp_path)
+    path = tmp_path / "data.png"
+    run(capsys, f"model.data.train={data}", "--picture", str(path))
+    one = matplotlib.image.imread(path)
+    run(capsys, f"model.data.train={data}", f"model.data.validation={data}", "--picture", str(path))
+    both = matplotlib.image.imread(path)
+    assert both.shape[0] > 1.5 * one.shape[0]
+    assert one[..., :3].std() > 0.05
+
+
+def test_data_without_a_preference_stop_a_run(tmp_path: Path, capsys: Any) -> None:
+    data = tmp_path / "ties.jsonl"
+    data.write_bytes(line("a", responses=[{"text": "a", "score": 1}, {"text": "b", "score": 1}]))
+    assert run(capsys, f"model.data.train={data}")[0] == 1
+    keys = ["model.mpo.objective=infonca", "model.mpo.alpha=1"]
+    assert run(capsys, f"model.data.train={data}", *keys)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["model.data.train=nothing.jsonl"], "error: there is no file or folder"),
+        ([], "error: model.data.train has no value"),
+        (["model.data.trian=x"], "error: unknown key model.data.trian; did you mean model.data.train?"),
+        (
+            ["model.data.train=x", "model.data.faults.score=keep"],
+            "error: model.data.faults.score=keep is not known",
+        ),
+        (["model.data.train=x", "model.restore_from_path=nowhere"], "error: "),
+    ],
+)
+def test_a_mistake_is_one_sentence(arguments: list[str], said: str, capsys: Any) -> None:
+    assert main(arguments) == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith(said)
+    assert printed.err.count("\n") == 1
