@@ -18,6 +18,7 @@ from mpo_megatron.data import GroupList, TokenizedGroup
 from mpo_megatron.model.architecture import Architecture, read_architecture
 from mpo_megatron.model.attention import choose_backend
 from mpo_megatron.model.fp8 import row_alignment
+from mpo_megatron.model.head import choose_head
 from mpo_megatron.model.provider import ModelOptions, build_model, unwrap, uses_transformer_engine
 from mpo_megatron.objectives.mpo import wmpo
 from mpo_megatron.runtime.device import choose_device
@@ -53,6 +54,7 @@ def fastest(device: torch.device) -> ModelOptions:
         dtype=dtype,
         transformer_engine=uses_transformer_engine("auto", device, dtype),
         attention_backend=choose_backend("auto", device, dtype),
+        head_backend=choose_head("auto", device, dtype),
     )
 
 
@@ -107,6 +109,7 @@ class Job:
             "precision": str(self.options.dtype).removeprefix("torch."),
             "layers of": "Transformer Engine" if self.options.transformer_engine else "Megatron-core",
             "attention": self.options.attention_backend,
+            "head": self.options.head_backend,
         }
 
     def source(

@@ -14,7 +14,8 @@ Shapes: t packed tokens on this rank, N response tokens predicted from them, R r
 rows of the vocabulary on this rank.
 """
 
-from itertools import product
+import importlib
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,15 +23,19 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
 
+from mpo_megatron.errors import ConfigError
+from mpo_megatron.model import logits
 from mpo_megatron.model.products import add_product_, full_product
 from mpo_megatron.ragged.reads import read
 from mpo_megatron.ragged.segments import segment_sum
+from mpo_megatron.runtime import capabilities, choices
+from mpo_megatron.runtime.facts import Library
 from mpo_megatron.scheduling.pack import PackedRow
 
 # Raised where the log-probs of the same model and row become others in the last bit: caches of them hold it.
 ARITHMETIC = 2
-# Rows of the vocabulary whose logits exist at a time on a CPU: they go through several passes, which its cache holds.
-_CPU_COLUMNS = 2048
+# What is computed of logits, by `model.head_backend`: modules, of which the second is imported where it can run.
+_STEPS = {"eager": "mpo_megatron.model.logits", "triton": "mpo_megatron.model.logits_triton"}
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -56,6 +61,7 @@ class _TokenLogProbs(torch.autograd.Function):
         chunk: positions whose logits exist at a time.
         rows: how many of the V rows are of the vocabulary; the others are padding.
         into_main_grad: where the weight has a `main_grad`.
+        steps: `model.logits`, or a module with the same functions.
     """
 
     @staticmethod
@@ -69,20 +75,9 @@ class _TokenLogProbs(torch.autograd.Function):
         chunk: int,
         rows: int,
         into_main_grad: bool,
+        steps: ModuleType,
     ) -> Tensor:
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        size = targets.numel()
-        # Log-normaliser over this rank's rows, and the target's logit where this rank holds it.
-        partial = hidden.new_full((size,), torch.finfo(dtype).min, dtype=dtype)
-        logit = hidden.new_zeros((size,), dtype=dtype)
-        for part, columns in product(_chunks(size, chunk), _chunks(rows, _columns(hidden, rows))):
-            logits = full_product(hidden[part], weight[columns].t())
-            local, here = _local_targets(targets[part], first_row + columns.start, logits.size(1))
-            logit[part] += logits.gather(1, local).squeeze(1) * here
-            # logsumexp in the place of the logits: no second tensor of their size.
-            peak = logits.amax(dim=-1, keepdim=True)
-            of_columns = logits.sub_(peak).exp_().sum(-1).log_().add_(peak.squeeze(1))
-            partial[part] = torch.logaddexp(partial[part], of_columns)
+        partial, logit = steps.normalise(hidden, weight[:rows], targets, first_row, chunk)
         if dist.get_world_size(group) > 1:
             peak = partial.clone()
             dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
@@ -92,7 +87,7 @@ class _TokenLogProbs(torch.autograd.Function):
         else:
             normaliser = partial
         ctx.save_for_backward(hidden, weight, targets, normaliser)
-        ctx.first_row, ctx.chunk, ctx.rows = first_row, chunk, rows
+        ctx.first_row, ctx.chunk, ctx.rows, ctx.steps = first_row, chunk, rows, steps
         ctx.parameter = weight if into_main_grad and hasattr(weight, "main_grad") else None
         return logit - normaliser
 
@@ -108,21 +103,20 @@ class _TokenLogProbs(torch.autograd.Function):
             weight_sum, grad_weight = ctx.parameter.main_grad, _no_elements(weight)
             # For Megatron's hook, which else would add what autograd has been given.
             ctx.parameter.grad_added_to_main_grad = True
-        block = max(1, min(ctx.chunk * rows // max(size, 1), _columns(hidden, rows)))
-        for part in _chunks(rows if size else 0, block):
-            logits = full_product(hidden, weight[part].t())
-            # grad * (onehot - softmax), in the place of the logits.
-            d_logits = logits.sub_(normaliser[:, None]).exp_().mul_(-grad[:, None])
-            local, here = _local_targets(targets, ctx.first_row + part.start, part.stop - part.start)
-            # One target a row: what is read, changed and written back needs no atomic addition.
-            d_logits.scatter_(1, local, d_logits.gather(1, local) + (grad * here)[:, None])
-            d_logits = d_logits.to(weight.dtype)
+        block = _block(ctx.chunk * rows // max(size, 1), logits.at_a_time(hidden, rows))
+        for part in logits.chunks(rows if size else 0, block):
+            # Nothing of a block is left when the next one's logits are made.
+            d_logits = ctx.steps.d_logits_(
+                full_product(hidden, weight[part].t()),
+                normaliser, targets, grad, ctx.first_row + part.start, weight.dtype,
+            )  # fmt: skip
             add_product_(grad_hidden, d_logits, weight[part])
             if ctx.parameter is None:
                 torch.mm(d_logits.t(), hidden, out=weight_sum[part])
             else:
                 add_product_(weight_sum[part], d_logits.t(), hidden)
-        return grad_hidden.to(hidden.dtype), grad_weight, *[None] * 6
+            del d_logits
+        return grad_hidden.to(hidden.dtype), grad_weight, *[None] * 7
 
 
 def _no_elements(like: Tensor) -> Tensor:
@@ -131,20 +125,10 @@ def _no_elements(like: Tensor) -> Tensor:
     return torch.sparse_coo_tensor(indices, like.new_empty(0), like.shape, check_invariants=False)
 
 
-def _local_targets(targets: Tensor, first_row: int, rows: int) -> tuple[Tensor, Tensor]:
-    """([N, 1] int64 row of each target among `rows` rows from `first_row`, 0 where outside; [N] bool, inside)."""
-    local = targets.long() - first_row
-    here = (local >= 0) & (local < rows)
-    return local.masked_fill(~here, 0)[:, None], here
-
-
-def _columns(hidden: Tensor, rows: int) -> int:
-    """At most how many of the `rows` of the vocabulary have logits at a time."""
-    return _CPU_COLUMNS if hidden.device.type == "cpu" else max(rows, 1)
-
-
-def _chunks(size: int, chunk: int) -> list[slice]:
-    return [slice(start, min(start + chunk, size)) for start in range(0, size, chunk)]
+def _block(wanted: int, most: int) -> int:
+    """Rows of the vocabulary at a time: whole 128 bytes of logits, which products of any fewer are slow with."""
+    block = min(wanted, most)
+    return block // 64 * 64 or max(block, 1)
 
 
 class _SumOverContext(torch.autograd.Function):
@@ -174,6 +158,7 @@ class ResponseHead(tensor_parallel.ColumnParallelLinear):
     vocab_size: int
     chunk_size: int
     into_main_grad: bool
+    steps: ModuleType
 
     @classmethod
     def take_over(
@@ -182,6 +167,7 @@ class ResponseHead(tensor_parallel.ColumnParallelLinear):
         vocab_size: int,
         chunk_size: int,
         into_main_grad: bool = True,
+        backend: str = "eager",
     ) -> None:
         """Turn a model's output layer into a response head, in place.
 
@@ -190,11 +176,13 @@ class ResponseHead(tensor_parallel.ColumnParallelLinear):
             vocab_size: the vocabulary without padding.
             chunk_size: positions whose logits exist at a time.
             into_main_grad: where Megatron's DistributedDataParallel has a sum of the weight's gradients, add to it.
+            backend: what `choose_head` gave.
         """
         layer.__class__ = cls
         layer.into_main_grad = into_main_grad
         layer.vocab_size = vocab_size
         layer.chunk_size = chunk_size
+        layer.steps = steps_of(backend)
 
     def forward(self, hidden: Tensor, weight: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, None]:
         """Sum the log-probabilities of each response's tokens.
@@ -218,10 +206,46 @@ class ResponseHead(tensor_parallel.ColumnParallelLinear):
         real = max(0, min(weight.size(0), self.vocab_size - first))
         predicting = read(hidden.squeeze(1), row.reads)
         token_logps = _TokenLogProbs.apply(
-            predicting, weight, row.targets, first, self.tp_group, self.chunk_size, real, self.into_main_grad
-        )
+            predicting, weight, row.targets, first, self.tp_group, self.chunk_size, real,
+            self.into_main_grad, self.steps,
+        )  # fmt: skip
         # In float64, which costs nothing here: a thousand float32 additions would lose what precise logits win.
         sums = segment_sum(token_logps.double(), row.by_response).to(token_logps.dtype)
         if self.config.context_parallel_size > 1:
             sums = _SumOverContext.apply(sums)
         return sums[:, None, None], None
+
+
+def steps_of(backend: str) -> ModuleType:
+    """The module that computes what `choose_head` gave."""
+    return importlib.import_module(_STEPS[backend])
+
+
+def choose_head(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Resolve `model.head_backend`: `auto` takes the fastest that this machine can run.
+
+    Returns:
+        `triton` or `eager`.
+
+    Raises:
+        ConfigError: what was asked for cannot run here.
+    """
+    if name == "auto":
+        return next(backend for backend in choices.HEAD if no_head(backend, device, dtype) is None)
+    problem = no_head(name, device, dtype)
+    if problem is not None:
+        raise ConfigError(f"model.head_backend={name}: {problem}; mend that, or set model.head_backend=auto")
+    return name
+
+
+def no_head(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why what computes the head cannot run; None: it can."""
+    on_gpu = device.type == "cuda"
+    return choices.head_problem(
+        name,
+        on_gpu,
+        dtype == torch.bfloat16,
+        torch.cuda.get_device_capability(device) if on_gpu and torch.cuda.is_available() else (0, 0),
+        # Asked for only where it can run: it imports it.
+        capabilities.triton() if on_gpu else Library("triton"),
+    )

@@ -50,7 +50,7 @@ from mpo_megatron.scheduling.pack import PackedRow
 class ModelOptions:
     """How the model is built and run, apart from its architecture and the parallel layout.
 
-    Nothing in it is left to the machine: `uses_transformer_engine` and `choose_backend` decide before.
+    Nothing in it is left to the machine: `uses_transformer_engine`, `choose_backend` and `choose_head` decide before.
     """
 
     dtype: torch.dtype = torch.float32
@@ -60,6 +60,7 @@ class ModelOptions:
     fuse_weight_gradients: bool = True
     fp8: Fp8 | None = None  # of Transformer Engine's products; None: none
     attention_backend: str = "sdpa"  # te | varlen | sdpa
+    head_backend: str = "eager"  # triton | eager
     make_vocab_size_divisible_by: int = 128
     head_chunk_size: int = 1024  # positions whose logits exist at a time
     recompute_granularity: str | None = None  # None | selective | full
@@ -80,6 +81,7 @@ class GroupModel(GPTModel):
         *,
         head_chunk_size: int = 1024,
         fuse_weight_gradients: bool = True,
+        head_backend: str = "eager",
     ) -> "GroupModel":
         """Turn a GPTModel into a GroupModel, in place: same parameters, same names in checkpoints.
 
@@ -87,14 +89,16 @@ class GroupModel(GPTModel):
             model: with rotary positions and a spec of `use_shared_prompts`, before it is wrapped.
             vocab_size: the vocabulary without padding.
             head_chunk_size: positions whose logits exist at a time.
-            fuse_weight_gradients: see `ResponseHead.take_over`.
+            fuse_weight_gradients, head_backend: see `ResponseHead.take_over`.
         """
         assert model.position_embedding_type == "rope", model.position_embedding_type
         model.__class__ = cls
         rotary = model.rotary_pos_emb
         model.rotary_pos_emb = PositionRotaryEmbedding(rotary.inv_freq.tolist(), rotary.inv_freq.device)
         if model.post_process:
-            ResponseHead.take_over(model.output_layer, vocab_size, head_chunk_size, fuse_weight_gradients)
+            ResponseHead.take_over(
+                model.output_layer, vocab_size, head_chunk_size, fuse_weight_gradients, head_backend
+            )
         return model
 
     def forward(self, row: PackedRow) -> Tensor:
@@ -294,6 +298,7 @@ def _build_chunk(
         architecture.vocab_size,
         head_chunk_size=options.head_chunk_size,
         fuse_weight_gradients=options.fuse_weight_gradients,
+        head_backend=options.head_backend,
     )
     model.rotary_pos_emb = PositionRotaryEmbedding(architecture.inverse_frequencies, layout.device)
     _mark_tensor_parallel(model)

@@ -16,6 +16,8 @@ from mpo_megatron.runtime.facts import Library
 MEGATRON_CORE = ((0, 16), (0, 20))
 # The first Transformer Engine whose layers Megatron-core 0.16 and our attention can use.
 TRANSFORMER_ENGINE = (2, 2)
+# The first Triton that the response head's kernels were run with.
+TRITON = (3, 2)
 
 
 def _named(name: str, package: str) -> str:
@@ -117,6 +119,20 @@ def torch_varlen_attention() -> Library:
     return Library(
         name, None if version_numbers(torch.__version__) >= (2, 13) else "is too old; 2.13 is needed"
     )
+
+
+@cache
+def triton() -> Library:
+    """Triton, which comes with torch's builds for GPUs."""
+    name = _named("triton", "triton")
+    try:
+        import triton
+        import triton.language
+    except Exception as error:
+        return Library(name, _failure("triton", error))
+    numbers = version_numbers(triton.__version__)
+    too_old = f"is too old; {'.'.join(map(str, TRITON))} or later is needed"
+    return Library(name, None if numbers >= TRITON else too_old, numbers)
 
 
 def version_numbers(text: str) -> tuple[int, int]:

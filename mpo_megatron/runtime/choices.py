@@ -6,7 +6,8 @@ from mpo_megatron.runtime.facts import Library, Pair
 
 # In the order in which `auto` tries them.
 ATTENTION = ("varlen", "te", "sdpa")
-_ATTENTION_CAPABILITY: Pair = (8, 0)
+HEAD = ("triton", "eager")
+_KERNELS_CAPABILITY: Pair = (8, 0)
 
 
 def layers_problem(on_gpu: bool, sixteen_bits: bool, library: Library) -> str | None:
@@ -34,11 +35,28 @@ def attention_problem(
         return "it needs a GPU"
     if not sixteen_bits:
         return "its kernels take 16 bits alone, so it needs trainer.precision=bf16"
-    if capability < _ATTENTION_CAPABILITY:
+    if capability < _KERNELS_CAPABILITY:
         return "it needs a GPU of compute capability 8.0 or more"
     if any(library.problem is None for library in libraries):
         return None
     return ", and ".join(map(str, libraries))
+
+
+def head_problem(backend: str, on_gpu: bool, bf16: bool, capability: Pair, library: Library) -> str | None:
+    """Why what computes the response head cannot run; None: it can.
+
+    Args:
+        library: Triton.
+    """
+    if backend == "eager":
+        return None
+    if not on_gpu:
+        return "it needs a GPU"
+    if not bf16:
+        return "its products are for bf16, so it needs trainer.precision=bf16"
+    if capability < _KERNELS_CAPABILITY:
+        return "it needs a GPU of compute capability 8.0 or more"
+    return library.problem and str(library)
 
 
 def attention(capability: Pair, libraries: Mapping[str, Library]) -> tuple[str, str]:

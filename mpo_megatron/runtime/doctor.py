@@ -180,6 +180,17 @@ def kernels(facts: Facts) -> Iterator[Finding]:
                 "use the container (Dockerfile): the apex on PyPI is another package",
             )
     capability = min(gpu.capability for gpu in facts.gpus)
+    triton = facts.libraries.get("triton")
+    if triton is not None and triton.problem is not None and capability >= (8, 0):
+        yield Finding(
+            SLOWER,
+            str(triton),
+            "the response head is torch's operations",
+            # Read and written in the forward pass: 28 bytes a logit, where the kernel has none; in the backward pass
+            # 34, where it has 10.
+            "52 bytes more move for each logit: some 13 ms for 6,000 response tokens and 128,000 words on an H100",
+            "pip install the triton that this torch asks for",
+        )
     backend, library = attention(capability, facts.libraries)
     lost = [
         facts.libraries[name]

@@ -22,6 +22,7 @@ LIBRARIES = {
     "flash-attn 3": "flash_attention_3",
     "torch varlen": "torch_varlen_attention",
     "apex": "apex",
+    "triton": "triton",
 }
 _ENVIRONMENT = re.compile(
     r"CUDA_(DEVICE_MAX_CONNECTIONS|VISIBLE_DEVICES|LAUNCH_BLOCKING)|PYTORCH_(CUDA_)?ALLOC_CONF|(TORCH_)?NCCL_\w+"

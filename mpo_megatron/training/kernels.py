@@ -1,6 +1,7 @@
 """Which kernels a run has: a fast path that was lost is said at the start, not found out from the bill."""
 
 from mpo_megatron.model.attention import no_backend, varlen_libraries
+from mpo_megatron.model.head import no_head
 from mpo_megatron.model.provider import ModelOptions, no_transformer_engine
 from mpo_megatron.runtime import capabilities
 from mpo_megatron.runtime.doctor import devices, judge
@@ -11,7 +12,7 @@ from mpo_megatron.runtime.probe import LIBRARIES, probe
 
 
 def kernels(options: ModelOptions, layout: ParallelLayout, num_heads: int, max_length: int) -> list[str]:
-    """Lines on what the layers and the attention of a GPU run are, and why not faster ones; of a CPU run none.
+    """Lines on what the layers, attention and head of a GPU run are, and why not faster ones; of a CPU run none.
 
     Args:
         num_heads: of the whole model.
@@ -37,8 +38,12 @@ def kernels(options: ModelOptions, layout: ParallelLayout, num_heads: int, max_l
     else:
         usable = next(library for library in varlen_libraries() if library.problem is None)
         attention = f"varlen, of {usable.name}"
+    if options.head_backend == "triton":
+        head = f"of {capabilities.triton().name}"
+    else:
+        head = f"eager ({no_head('triton', layout.device, options.dtype) or 'model.head_backend=eager'})"
     return [
-        f"kernels     {layers}; attention {attention}",
+        f"kernels     {layers}; attention {attention}; head {head}",
         f"            {', '.join(capabilities.settings())}",
     ]
 

@@ -58,7 +58,7 @@ def reference_key(split: Split, steps: Sequence[Positions], setup: Setup) -> dic
                  model.pack.shared_prompt, setup.config.trainer.seed if split.name == "train" else None],
         "arithmetic": [layout.sizes, device, torch.get_num_threads(),
                        options.sequence_parallel, options.transformer_engine,
-                       options.attention_backend, options.head_chunk_size,
+                       options.attention_backend, options.head_backend, options.head_chunk_size,
                        options.make_vocab_size_divisible_by,
                        torch.__version__, version("megatron-core")],
     }  # fmt: skip

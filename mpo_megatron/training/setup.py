@@ -20,6 +20,7 @@ from mpo_megatron.errors import ConfigError
 from mpo_megatron.model.architecture import Architecture, check_layout, read_architecture
 from mpo_megatron.model.attention import choose_backend
 from mpo_megatron.model.fp8 import Fp8, Machine, check_fp8, check_machine, row_alignment
+from mpo_megatron.model.head import choose_head
 from mpo_megatron.model.provider import ModelOptions, no_transformer_engine, uses_transformer_engine
 from mpo_megatron.objectives.registry import Objective
 from mpo_megatron.runtime import capabilities
@@ -182,7 +183,7 @@ def model_options(config: Config, device: torch.device) -> ModelOptions:
     """How the configuration says the model is built, with what it leaves to the machine decided here, once.
 
     Raises:
-        ConfigError: the layers or the attention backend that were asked for cannot run on this machine.
+        ConfigError: the layers, the attention or the head that were asked for cannot run on this machine.
     """
     model, dtype = config.model, DTYPES[config.precision]
     fp8 = None
@@ -204,6 +205,7 @@ def model_options(config: Config, device: torch.device) -> ModelOptions:
         sequence_parallel=config.sequence_parallel,
         transformer_engine=uses_transformer_engine(model.transformer_impl, device, dtype),
         attention_backend=choose_backend(model.attention_backend, device, dtype),
+        head_backend=choose_head(model.head_backend, device, dtype),
         make_vocab_size_divisible_by=model.make_vocab_size_divisible_by,
         head_chunk_size=model.head_chunk_size,
         recompute_granularity=model.activations_checkpoint_granularity,

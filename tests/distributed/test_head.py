@@ -9,20 +9,35 @@ import pytest
 import torch
 import torch.distributed as dist
 
-V, H, N = 53, 16, 41
+
+@dataclass(frozen=True)
+class Size:
+    """Response tokens, words and the hidden size."""
+
+    tokens: int
+    vocab: int
+    width: int
 
 
-def head_case(dtype: torch.dtype, chunk: int, padded: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+SMALL = Size(41, 53, 16)
+N, V, H = SMALL.tokens, SMALL.vocab, SMALL.width
+
+
+def head_case(
+    dtype: torch.dtype, chunk: int, padded: int, size: Size = SMALL, backend: str = "eager"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Values and gradients of this rank's shard of the head; the hidden gradient is summed over the ranks."""
-    from mpo_megatron.model.head import _TokenLogProbs
+    from mpo_megatron.model.head import _TokenLogProbs, steps_of
 
-    hidden, weight, targets, upstream = problem(dtype)
-    rank, size = dist.get_rank(), dist.get_world_size()
-    rows = padded // size
+    hidden, weight, targets, upstream = problem(dtype, size)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    rows = padded // ranks
     first = rank * rows
-    shard = weight[first : min(first + rows, V)].clone().requires_grad_()
+    shard = weight[first : min(first + rows, size.vocab)].clone().requires_grad_()
     hidden.requires_grad_()
-    logps = _TokenLogProbs.apply(hidden, shard, targets, first, dist.group.WORLD, chunk, len(shard), False)
+    logps = _TokenLogProbs.apply(
+        hidden, shard, targets, first, dist.group.WORLD, chunk, len(shard), False, steps_of(backend)
+    )
     logps.backward(upstream)
     assert hidden.grad is not None
     assert shard.grad is not None
@@ -31,16 +46,19 @@ def head_case(dtype: torch.dtype, chunk: int, padded: int) -> tuple[torch.Tensor
     return logps.detach(), total, shard.grad
 
 
-def problem(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def problem(
+    dtype: torch.dtype, size: Size = SMALL
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(hidden states [N, H], weight [V, H], targets [N], gradient of their log-probs [N])."""
     generator = torch.Generator().manual_seed(3)
-    hidden = torch.randn(N, H, generator=generator, dtype=torch.float64).to(dtype)
-    weight = torch.randn(V, H, generator=generator, dtype=torch.float64).to(dtype)
-    targets = torch.randint(0, V, (N,), generator=generator)
+    hidden = torch.randn(size.tokens, size.width, generator=generator, dtype=torch.float64).to(dtype)
+    weight = torch.randn(size.vocab, size.width, generator=generator, dtype=torch.float64).to(dtype)
+    targets = torch.randint(0, size.vocab, (size.tokens,), generator=generator, dtype=torch.int32)
     return (
         hidden,
         weight,
         targets,
-        torch.randn(N, generator=generator, dtype=torch.promote_types(dtype, torch.float32)),
+        torch.randn(size.tokens, generator=generator, dtype=torch.promote_types(dtype, torch.float32)),
     )
 
 
@@ -50,7 +68,7 @@ def test_values_and_gradients_in_float64(world: int, chunk: int, ranks: Any) -> 
     hidden, weight, targets, upstream = problem(torch.float64)
     hidden.requires_grad_()
     weight.requires_grad_()
-    wanted = (hidden @ weight.t()).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    wanted = (hidden @ weight.t()).log_softmax(-1).gather(1, targets.long()[:, None]).squeeze(1)
     wanted.backward(upstream)
     results = ranks(world).run(head_case, torch.float64, chunk, 60)
     for logps, grad_hidden, _ in results:
@@ -63,7 +81,7 @@ def test_values_and_gradients_in_float64(world: int, chunk: int, ranks: Any) -> 
 
 def test_a_rank_may_hold_padding_alone(ranks: Any) -> None:
     hidden, weight, targets, _ = problem(torch.float64)
-    wanted = (hidden @ weight.t()).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    wanted = (hidden @ weight.t()).log_softmax(-1).gather(1, targets.long()[:, None]).squeeze(1)
     (_, _, first), (logps, _, last) = ranks(2).run(head_case, torch.float64, 7, 2 * V)
     torch.testing.assert_close(logps, wanted)
     assert (first.shape, last.shape) == ((V, H), (0, H))
@@ -97,7 +115,7 @@ class LongResponse:
 
 
 def long_response_case(
-    rounded: bool, size: LongResponse, accelerator: str = "cpu", chunk: int = 256
+    rounded: bool, size: LongResponse, accelerator: str = "cpu", chunk: int = 256, backend: str = "eager"
 ) -> dict[str, float]:
     """How far the whole head is off from float64 on the same bf16 numbers: its log-prob in nats, gradients relative.
 
@@ -109,7 +127,7 @@ def long_response_case(
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from mpo_megatron.data import TokenizedGroup
-    from mpo_megatron.model import head
+    from mpo_megatron.model import head, logits
     from mpo_megatron.runtime.device import choose_device
     from mpo_megatron.runtime.parallel import initialize
     from mpo_megatron.scheduling.pack import pack_row
@@ -123,7 +141,7 @@ def long_response_case(
     layer = ColumnParallelLinear(
         size.width, size.vocab, config=config, init_method=torch.nn.init.zeros_, bias=False
     )
-    head.ResponseHead.take_over(layer, size.vocab, chunk)
+    head.ResponseHead.take_over(layer, size.vocab, chunk, backend=backend)
     layer.weight = torch.nn.Parameter(weight)
     # A prompt of one token and the response: token k is predicted from place k.
     response = [tokens.cpu().numpy()]
@@ -135,7 +153,8 @@ def long_response_case(
     def as_bf16(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         return (left @ right).float()
 
-    with mock.patch.object(head, "full_product", as_bf16 if rounded else head.full_product):
+    product = as_bf16 if rounded else head.full_product
+    with mock.patch.object(head, "full_product", product), mock.patch.object(logits, "full_product", product):
         logp = layer(hidden)[0].sum()
         logp.backward()
     assert logp.dtype == torch.float32
@@ -219,11 +238,11 @@ def test_gradients_of_shared_hidden_states(ranks: Any) -> None:
         torch.testing.assert_close(found, wanted, rtol=places, atol=places / 10)
 
 
-def into_main_grad_case(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def into_main_grad_case(dtype: torch.dtype, backend: str = "eager") -> tuple[torch.Tensor, torch.Tensor]:
     """The sum of a weight's gradients after two rows and one without tokens, and what it has to be. Rows of padding
     stay as they were, and autograd is given no elements.
     """
-    from mpo_megatron.model.head import _TokenLogProbs
+    from mpo_megatron.model.head import _TokenLogProbs, steps_of
 
     hidden, weight, targets, upstream = problem(dtype)
     padded = torch.cat((weight, torch.ones(3, weight.size(1), dtype=dtype)))
@@ -237,7 +256,7 @@ def into_main_grad_case(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]
             parameter.grad = None
             logps = _TokenLogProbs.apply(
                 (hidden[:tokens] * scale).requires_grad_(), parameter, targets[:tokens], 0, dist.group.WORLD, 8,
-                len(weight), fused,
+                len(weight), fused, steps_of(backend),
             )  # fmt: skip
             logps.backward(upstream[:tokens])
         assert found.grad is not None
@@ -259,9 +278,9 @@ def test_gradients_go_into_the_sum_of_the_step(dtype: torch.dtype, ranks: Any) -
     assert (found != torch.linspace(0, 1, found.numel(), dtype=found.dtype).view(found.shape)).any()
 
 
-def saved_bytes_case() -> tuple[int, int]:
+def saved_bytes_case(backend: str = "eager") -> tuple[int, int]:
     """(bytes kept for the backward pass beside inputs, N)."""
-    from mpo_megatron.model.head import _TokenLogProbs
+    from mpo_megatron.model.head import _TokenLogProbs, steps_of
 
     hidden, weight, targets, _ = problem(torch.float32)
     hidden.requires_grad_()
@@ -275,7 +294,9 @@ def saved_bytes_case() -> tuple[int, int]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        _TokenLogProbs.apply(hidden, weight, targets, 0, dist.group.WORLD, 8, len(weight), True)
+        _TokenLogProbs.apply(
+            hidden, weight, targets, 0, dist.group.WORLD, 8, len(weight), True, steps_of(backend)
+        )
     return sum(kept.values()), N
 
 

@@ -14,6 +14,7 @@ LIBRARIES = {
     "flash-attn 3": Library("flash-attn 3", "is not installed"),
     "torch varlen": Library("torch 2.13.0"),
     "apex": Library("apex 0.1"),
+    "triton": Library("triton 3.7.1"),
 }
 
 # A node of eight H100s in the container, which lacks nothing.

@@ -59,6 +59,14 @@ def test_what_is_not_installed(tmp_path: Path) -> None:
     assert asked("transformer_engine", tmp_path) == "Transformer Engine | is not installed"
 
 
+@pytest.mark.parametrize(
+    ("version", "problem"), [("3.7.1", "None"), ("3.1.0+git1", "is too old; 3.2 or later is needed")]
+)
+def test_triton(version: str, problem: str, tmp_path: Path) -> None:
+    files = {"__init__.py": f"__version__ = '{version}'", "language.py": ""}
+    assert asked("triton", package(tmp_path, "triton", files, version)) == f"triton {version} | {problem}"
+
+
 def test_a_transformer_engine_that_does_not_load(tmp_path: Path) -> None:
     """Megatron-core's own import of it fails too, which is caught where it happens."""
     files = {"__init__.py": "", "pytorch/__init__.py": "raise RuntimeError('built for torch 2.4')"}

@@ -7,7 +7,9 @@ import torch
 
 from mpo_megatron.errors import ConfigError
 from mpo_megatron.model.attention import choose_backend
+from mpo_megatron.model.head import choose_head, no_head
 from mpo_megatron.model.provider import ModelOptions, uses_transformer_engine
+from mpo_megatron.runtime import capabilities
 from mpo_megatron.runtime.facts import Library
 from mpo_megatron.runtime.parallel import ParallelLayout
 from mpo_megatron.training.kernels import costs, costs_of, kernels
@@ -22,7 +24,8 @@ def test_a_float32_run_on_a_gpu_says_what_it_lacks(monkeypatch: pytest.MonkeyPat
     assert first == (
         "kernels     Megatron-core's own layers (Transformer Engine's products of float32 numbers are in TF32, so it "
         "needs trainer.precision=bf16); attention sdpa (its kernels take 16 bits alone, so it needs "
-        "trainer.precision=bf16), which may store scores: up to 1.1 GB for each layer and response of 4096 tokens"
+        "trainer.precision=bf16), which may store scores: up to 1.1 GB for each layer and response of 4096 tokens; "
+        "head eager (its products are for bf16, so it needs trainer.precision=bf16)"
     )
     assert second.strip().startswith("CUDA_DEVICE_MAX_CONNECTIONS not set")
 
@@ -35,9 +38,12 @@ def test_what_is_used_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         "kernels     layers of Transformer Engine, weight gradients fused; attention varlen, of torch 2."
     )
     assert second.strip().startswith("CUDA_DEVICE_MAX_CONNECTIONS=1")
-    options = replace(options, transformer_engine=False, attention_backend="te")
+    triton = Library("triton 3.7.1")
+    monkeypatch.setattr(capabilities, "triton", lambda: triton)
+    options = replace(options, transformer_engine=False, attention_backend="te", head_backend="triton")
     (first, _) = kernels(options, GPU, 32, 4096)
     assert "own layers (Transformer Engine is not installed); attention of Transformer Engine" in first
+    assert first.endswith("; head of triton 3.7.1")
 
 
 def test_a_cpu_run_has_no_choice() -> None:
@@ -70,13 +76,35 @@ def test_float32_on_a_gpu_has_sdpa() -> None:
         choose_backend("varlen", gpu, torch.float32)
 
 
+def test_the_head_is_chosen_by_device_type_and_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an H100 with a Triton that works; then without each of them."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(capabilities, "triton", lambda: Library("triton 3.7.1"))
+    assert choose_head("auto", gpu, torch.bfloat16) == choose_head("triton", gpu, torch.bfloat16) == "triton"
+    assert choose_head("eager", gpu, torch.bfloat16) == "eager"
+    lacks = [(cpu, torch.bfloat16, "it needs a GPU"), (gpu, torch.float32, "its products are for bf16")]
+    for device, dtype, problem in lacks:
+        assert choose_head("auto", device, dtype) == "eager"
+        with pytest.raises(ConfigError, match=f"head_backend=triton: {problem}.*; mend that, or set"):
+            choose_head("triton", device, dtype)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert no_head("triton", gpu, torch.bfloat16) == "it needs a GPU of compute capability 8.0 or more"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(capabilities, "triton", lambda: Library("triton", "is not installed"))
+    assert no_head("triton", gpu, torch.bfloat16) == "triton is not installed"
+    assert choose_head("auto", gpu, torch.bfloat16) == "eager"
+
+
 def test_the_job_says_what_is_used_instead_and_what_it_costs() -> None:
     assert costs_of(NODE) == []
     missing = {
-        name: Library(name, "is not installed") for name in ("transformer-engine", "apex", "flash-attn")
+        name: Library(name, "is not installed")
+        for name in ("transformer-engine", "apex", "flash-attn", "triton")
     }
     lines = costs_of(replace(NODE, libraries={**LIBRARIES, **missing}))
-    assert len(lines) == 2
+    assert len(lines) == 3
     assert lines[0].startswith(
         "costs       transformer-engine is not installed; Megatron-core's own layers; no FP8, and"
     )
