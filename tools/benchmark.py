@@ -1,6 +1,6 @@
 """Measure what this project claims: one sub-command a claim.
 
-    python tools/benchmark.py shared-prompt|trl|two-pass|plan|head|attention|mfu|convert|checkpoint
+    python tools/benchmark.py shared-prompt|trl|unshared|two-pass|plan|head|step|attention|mfu|convert|checkpoint
                               [--quick] [--repeats N] [--threads N] ...
     python tools/benchmark.py all --output FILE [--quick] ...
 
@@ -23,9 +23,11 @@ from mpo_megatron.runtime.quiet import quiet_third_parties
 BENCHMARKS = {
     "shared-prompt": "prompts stored once against prompts repeated",
     "trl": "groups per second against TRL's DPOTrainer",
+    "unshared": "groups per second against rows of the same planner with a prompt for each response",
     "two-pass": "groups cut over rows against rows that hold whole groups",
     "plan": "fill, balance and speed of the planner",
     "head": "memory and time of the response head against whole logits",
+    "step": "where the time of a training step goes, and how it grows",
     "attention": "the attention backends beside each other",
     "mfu": "model FLOPs utilisation of training steps on layers of Llama 3 8B",
     "convert": "memory of checkpoint conversion against its bound",
@@ -51,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
             _module(name).add_arguments(parser)
     everything = choices.add_parser("all", help="all of them, into a Markdown file", parents=[common])
     everything.add_argument("--output", type=Path, required=True)
-    everything.add_argument("--model", help="Hugging Face folder for trl")
+    everything.add_argument("--model", help="Hugging Face folder for trl and step")
     parsed = command.parse_args(arguments)
     if parsed.repeats < 1:
         command.error(f"--repeats {parsed.repeats} must be 1 or more")
@@ -85,7 +87,7 @@ def _run_all(parsed: argparse.Namespace) -> int:
         for name in BENCHMARKS:
             more = ["--quick"] if parsed.quick else []
             more += ["--threads", str(parsed.threads)] if parsed.threads else []
-            more += ["--model", parsed.model] if parsed.model and name == "trl" else []
+            more += ["--model", parsed.model] if parsed.model and name in ("trl", "step") else []
             command = [sys.executable, __file__, name, "--repeats", str(parsed.repeats), *more]
             print(f"== {name}", flush=True)
             if subprocess.run([*command, "--markdown", str(tables)], check=False).returncode:

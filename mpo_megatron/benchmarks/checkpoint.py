@@ -3,15 +3,9 @@
 Counted are the tensors that operations make, at the most that there are at a time, divided by the parameters that the
 rank's model-parallel part has. Not counted: Python's own bytes (pickles, the files' buffers), and what a GPU takes in
 addition, where each rank's share is copied to host memory before it is written; that share is a column of its own.
-
-As a module of its own, `python -m mpo_megatron.benchmarks.checkpoint FOLDER SETTINGS` is one rank; the last line that
-rank 0 prints is what all have found.
 """
 
 import argparse
-import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -25,13 +19,13 @@ from megatron.core import parallel_state, tensor_parallel
 
 from mpo_megatron.benchmarks.measure import peak_bytes
 from mpo_megatron.benchmarks.models import small_config
+from mpo_megatron.benchmarks.ranks import on_ranks
 from mpo_megatron.benchmarks.report import Report
 from mpo_megatron.config import OptimConfig
-from mpo_megatron.errors import UserError
 from mpo_megatron.model.architecture import read_architecture
 from mpo_megatron.model.provider import ModelOptions, build_model
 from mpo_megatron.runtime.device import choose_device
-from mpo_megatron.runtime.parallel import ParallelLayout, initialize, shutdown
+from mpo_megatron.runtime.parallel import ParallelLayout, initialize
 from mpo_megatron.training import optimizer_state
 from mpo_megatron.training.checkpoint import latest_checkpoint, load_checkpoint
 from mpo_megatron.training.checkpoint_writer import CheckpointWriter
@@ -104,29 +98,20 @@ def run(arguments: argparse.Namespace) -> Report:
 def _on_ranks(ranks: int, form: str, layers: int) -> list[dict[str, float]]:
     """What each rank has found, in processes of their own."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(ranks),
-        ]
-        command += ["-m", "mpo_megatron.benchmarks.checkpoint", folder, json.dumps([form, layers])]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise UserError(f"the ranks ended with status {done.returncode}: {done.stderr.strip()[-2000:]}")
-        found: list[dict[str, float]] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+        return on_ranks(ranks, "checkpoint", "measure", folder, form, layers)
 
 
-def measure(folder: Path, form: str, layers: int) -> Found:
+def measure(path: str, form: str, layers: int) -> dict[str, float]:
     """Write and read checkpoints on this rank; all ranks call it.
 
     Args:
-        folder: an empty one, the same of all ranks.
+        path: of an empty folder, the same of all ranks.
         form: a key of FORMS.
+
+    Returns:
+        The fields of `Found`.
     """
+    folder = Path(path)
     source = folder / "source"
     layout, state = _build(source, layers, tp=1)
     parameters = sum(parameter.numel() for parameter in state[0][0].parameters())
@@ -138,15 +123,15 @@ def measure(folder: Path, form: str, layers: int) -> Found:
         writer.finish()
 
     saving = _peak(lambda: patched(save)() if form == ON_ALL_RANKS else save())
-    path = latest_checkpoint(folder / "saved")
-    assert path is not None
-    share = sum(file.stat().st_size for file in path.glob(f"__{layout.rank}_*.distcp"))
-    loading = _peak(lambda: load_checkpoint(path, *state, layout))
+    saved = latest_checkpoint(folder / "saved")
+    assert saved is not None
+    share = sum(file.stat().st_size for file in saved.glob(f"__{layout.rank}_*.distcp"))
+    loading = _peak(lambda: load_checkpoint(saved, *state, layout))
     parallel_state.destroy_model_parallel()
     layout, state = _build(source, layers, tp=2)
     part = sum(parameter.numel() for parameter in state[0][0].parameters())
-    reshaped = _peak(lambda: load_checkpoint(path, *state, layout))
-    return Found(saving / parameters, share / parameters, loading / parameters, reshaped / part)
+    reshaped = _peak(lambda: load_checkpoint(saved, *state, layout))
+    return asdict(Found(saving / parameters, share / parameters, loading / parameters, reshaped / part))
 
 
 def _peak(call: Callable[[], Any]) -> int:
@@ -168,18 +153,3 @@ def _build(source: Path, layers: int, tp: int) -> tuple[ParallelLayout, tuple[An
     optim = OptimConfig()
     optimizer = build_optimizer(chunks, optim, 1.0, torch.bfloat16)
     return layout, (chunks, optimizer, build_schedule(optimizer, optim, 10))
-
-
-def main(folder: Path, form: str, layers: int) -> None:
-    """One rank of the benchmark."""
-    torch.set_num_threads(1)
-    found = measure(folder, form, layers)
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, asdict(found))
-    if dist.get_rank() == 0:
-        print(json.dumps(everyone), flush=True)
-    shutdown()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), *json.loads(sys.argv[2]))

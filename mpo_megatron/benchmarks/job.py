@@ -1,7 +1,8 @@
 """A model on one CPU rank or GPU, and training steps on groups in memory: what the benchmarks time."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from mpo_megatron.runtime.parallel import ParallelLayout, initialize
 from mpo_megatron.scheduling.rows import RowSource
 from mpo_megatron.training.data_parallel import DataParallel, wrap_data_parallel
 from mpo_megatron.training.optimizer import build_optimizer
+from mpo_megatron.training.profiling import Mark
 from mpo_megatron.training.step import objective_pass, response_logps
 
 OBJECTIVE = partial(wmpo, beta=0.1, alpha=0.1)
@@ -60,13 +62,17 @@ def fastest(device: torch.device) -> ModelOptions:
 
 @dataclass
 class Job:
-    """A model with optimizer on this rank, which is data parallel to any others."""
+    """A model with optimizer on this rank, which is data parallel to any others unless it says how they share it.
+
+    `mark` puts names on what a step does, for a profile.
+    """
 
     architecture: Architecture
     layout: ParallelLayout
     options: ModelOptions
     chunks: list[Any]
     optimizer: Any
+    mark: Mark = nullcontext
 
     @classmethod
     def start(
@@ -77,16 +83,20 @@ class Job:
         accelerator: str = "cpu",
         options: ModelOptions | None = None,
         distributed_optimizer: bool = False,
+        tp: int = 1,
+        cp: int = 1,
     ) -> "Job":
         """Build the model of a Hugging Face folder, or one of random weights.
 
         Args:
             accelerator: `gpu`, `cpu`, or `auto`, as in `trainer.accelerator`.
             options: None for what is `fastest`.
+            tp: ranks that share the tensors, and with them the sequence.
+            cp: ranks that share a row.
         """
         torch.set_num_threads(threads)
-        layout = initialize(choose_device(accelerator))
-        options = options or fastest(layout.device)
+        layout = initialize(choose_device(accelerator), tp=tp, cp=cp)
+        options = replace(options or fastest(layout.device), sequence_parallel=tp > 1)
         tensor_parallel.model_parallel_cuda_manual_seed(0)
         architecture = model if isinstance(model, Architecture) else read_architecture(model)
         chunks = build_model(architecture, layout, options)
@@ -116,14 +126,20 @@ class Job:
         self, groups: Sequence[TokenizedGroup], *, max_tokens: int, shared_prompt: bool = True
     ) -> RowSource:
         """The groups' rows on this rank."""
-        return RowSource(
+        layout = self.layout
+        source = RowSource(
             GroupList(groups),
             max_tokens=max_tokens,
-            alignment=row_alignment(self.options.fp8, 1, self.layout.device),
+            alignment=row_alignment(self.options.fp8, layout.tp, layout.device) * layout.cp,
             cost=self.architecture.cost_model,
             shared_prompt=shared_prompt,
-            device=self.layout.device,
+            data_parallel=(layout.dp, layout.dp_rank),
+            context=(layout.cp, layout.cp_rank),
+            device=layout.device,
         )
+        # As it is when a step is made, not now.
+        source.mark = lambda name: self.mark(name)
+        return source
 
     def reference(self, source: RowSource) -> Tensor:
         """Log-probs of all responses of a source under the present weights."""
@@ -132,9 +148,10 @@ class Job:
 
     def gradients(self, source: RowSource, positions: Sequence[int], reference: Tensor) -> float:
         """Forward and backward of one step. Returns the loss."""
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        with self.mark("optimizer"):
+            for chunk in self.chunks:
+                chunk.zero_grad_buffer()
+            self.optimizer.zero_grad()
         step = source.step(positions)
         return objective_pass(self.chunks, step, OBJECTIVE, reference, self.layout, forward_only=False)[
             "loss"
@@ -143,5 +160,6 @@ class Job:
     def train(self, source: RowSource, positions: Sequence[int], reference: Tensor) -> float:
         """One whole training step. Returns its loss."""
         loss = self.gradients(source, positions, reference)
-        self.optimizer.step()
+        with self.mark("optimizer"):
+            self.optimizer.step()
         return loss

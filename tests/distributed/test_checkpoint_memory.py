@@ -13,8 +13,7 @@ SOME = 1.5
 
 
 def measured(ranks: Any, world: int, folder: Path, form: str) -> list[Found]:
-    found: list[Found] = ranks(world).run(measure, folder, form, 6, timeout=240)
-    return found
+    return [Found(**one) for one in ranks(world).run(measure, str(folder), form, 6, timeout=240)]
 
 
 @pytest.mark.parametrize("world", [2, 4])

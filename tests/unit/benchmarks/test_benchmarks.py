@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from mpo_megatron.benchmarks import products
 from mpo_megatron.benchmarks.measure import compare, peak_bytes, saved_bytes
+from mpo_megatron.benchmarks.parts import parts_of
 from mpo_megatron.benchmarks.report import Report, show, to_markdown
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -50,6 +52,42 @@ def test_peak_bytes_counts_at_an_address_that_was_another_tensors() -> None:
         return [torch.zeros(100_000) for _ in range(20)]
 
     assert peak_bytes(call) == 20 * 400_000
+
+
+def test_products_are_counted_as_they_lie_in_memory_in_both_passes() -> None:
+    x, weight = torch.ones(3, 5), torch.ones(7, 5, requires_grad=True)
+    with products.recorded() as found:
+        (x @ weight.t()).sum().backward()
+        (x @ weight.t()).detach().addmm_(x, weight.detach().t())
+    forward = products.Product(
+        products.Operand((3, 5), (5, 1), torch.float32),
+        products.Operand((5, 7), (1, 5), torch.float32),
+        False,
+    )
+    assert (found[forward], found.total()) == (2, 4)
+    assert products.flops(found) == 4 * 2 * 3 * 5 * 7
+    assert products.seconds_alone(found) > 0
+
+
+def test_parts_go_by_the_ranges_around_and_backward_by_where_forward_was() -> None:
+    x = torch.ones(200, 200, requires_grad=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        with torch.profiler.record_function("forward-compute"):
+            y = x @ x
+            with torch.profiler.record_function("attention"):
+                z = y @ x
+        with torch.profiler.record_function("backward-compute"):
+            z.sum().backward()
+        with torch.profiler.record_function("optimizer"):
+            x.detach().add_(1)
+    parts = parts_of(found.events())
+    # Two products forward, of which one is attention's, and two backward of each.
+    assert set(parts.products) == {"forward", "attention", "backward"}
+    mean = parts.products.total() / 6
+    assert parts.products["attention"] > parts.products["forward"] + mean / 4
+    assert parts.seconds["backward"] > parts.products["backward"] > 0
+    assert parts.seconds["optimizer"] > 0
+    assert parts.seconds["Python"] > 0
 
 
 def test_sides_take_turns() -> None:
@@ -103,6 +141,29 @@ def test_two_pass_costs_only_what_is_split() -> None:
     found = figures("two-pass", "--quick", "--hidden", "64", "--layers", "1", "--vocab", "128")
     assert found["overhead_whole"] == 1.0
     assert found["overhead"] > 1
+
+
+def test_unshared_has_more_to_do_by_the_formula() -> None:
+    found = figures("unshared", "--quick", "--hidden", "64", "--layers", "1", "--vocab", "128",
+                    "--prompt", "48", "--response", "16", "--repeats", "1")  # fmt: skip
+    assert (
+        1 < found["flop_ratio_2"] < found["flop_ratio_4"] < found["flop_ratio_8"] < found["flop_ratio_16"] < 4
+    )
+    assert found["gain_16"] > 1
+
+
+def test_step_tells_all_of_its_time() -> None:
+    found = figures("step", "--quick", "--repeats", "1")
+    shares = {name: value for name, value in found.items() if name.startswith("share_")}
+    assert sum(shares.values()) == pytest.approx(1, abs=1e-3)
+    assert all(value > 0 for name, value in shares.items() if name != "share_all_reduce")
+    # Three products of each layer and of the head a step, and the head's logits again.
+    layer = 256 * 256 * 2 + 2 * 256 * 128 + 3 * 256 * 768
+    flops = 2 * (3 * 4 * layer * 1024 + 4 * 256 * 8192 * 2 * 408)
+    assert found["gflops"] * found["seconds"] == pytest.approx(flops / 1e9, rel=1e-3)
+    assert found["gemm_fraction"] == pytest.approx(found["gflops"] / found["gflops_alone"], rel=0.3)
+    assert 0 < found["all_reduce_2_ranks"] < 1
+    assert "--threads 2: the profiler tells the time of one thread" in run("step", "--threads", "2").stderr
 
 
 def test_attention_counts_the_pairs_that_the_mask_leaves() -> None:
