@@ -177,13 +177,17 @@ def plan(args: argparse.Namespace, config: Config, a: Architecture, groups: list
         model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
     )
     bf16 = config.precision == "bf16"
+
+    def multiple_of(tp: int) -> int:
+        return row_alignment(fp8, tp, torch.device("cuda"), model.pack.pad_to_multiple_of)
+
     run = run_of(
         config,
         dp=max(1, args.gpus // whole),
         transformer_engine=bf16 and model.transformer_impl != "local",
         fused=True,
         attention="varlen" if bf16 and model.attention_backend != "sdpa" else "sdpa",
-        token_multiple=multiple_of(fp8, model.tensor_model_parallel_size),
+        token_multiple=multiple_of(model.tensor_model_parallel_size),
         two_passes=objectives.get(model.mpo.objective).needs_global_batch,
     )
     console = Console(file=sys.stdout, width=max(Console().width, 120))
@@ -197,7 +201,7 @@ def plan(args: argparse.Namespace, config: Config, a: Architecture, groups: list
                 f"trainer.precision={config.precision}: the search ranks by peaks of bf16 products; set it to bf16"
             )
         began = time.process_time()
-        found = search(a, run, groups, machine, args.efficiency, lambda tp: multiple_of(fp8, tp))
+        found = search(a, run, groups, machine, args.efficiency, multiple_of)
         say("search", f"{time.process_time() - began:.1f} s of processor time")
         show_search(console, found, machine, args.top, fp8 is not None)
         return
@@ -207,10 +211,6 @@ def plan(args: argparse.Namespace, config: Config, a: Architecture, groups: list
         last_stage=run.last_stage, sequence_parallel=run.sequence_parallel,
     )  # fmt: skip
     show_run(console, say, a, run, groups, machine, args, fp8 is not None)
-
-
-def multiple_of(fp8: Fp8 | None, tp: int) -> int:
-    return row_alignment(fp8, tp, torch.device("cuda"))
 
 
 def show_run(

@@ -161,10 +161,15 @@ def _lacks(recipe: Recipe, machine: Machine) -> str | None:
     return None
 
 
-def row_alignment(fp8: Fp8 | None, tp: int, device: torch.device) -> int:
+def row_alignment(fp8: Fp8 | None, tp: int, device: torch.device, multiple: int | None = None) -> int:
     """What the tokens of a row on a context-parallel rank are a multiple of.
 
-    Sequence parallelism cuts rows into equal parts; kernels like multiples of 8 on a CPU and of 64 on a GPU.
+    Sequence parallelism cuts rows into equal parts. Kernels like multiples of 8 on a CPU and of 64 on a GPU, whose
+    memory falls into fewer pieces the fewer lengths there are: of UltraFeedback-like groups in rows of at most 8,192
+    tokens, 128 groups a step on 8 ranks, 19 lengths instead of 859, for 0.5% of padding.
+
+    Args:
+        multiple: another one than these (`model.pack.pad_to_multiple_of`).
     """
-    plain = math.lcm(tp, 64 if device.type == "cuda" else 8)
+    plain = math.lcm(tp, multiple or (64 if device.type == "cuda" else 8))
     return plain if fp8 is None else math.lcm(plain, fp8.row_alignment(tp))

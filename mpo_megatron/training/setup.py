@@ -312,7 +312,8 @@ def _rows(
     return RowSource(
         data,
         max_tokens=config.model.max_tokens_per_micro_batch,
-        alignment=row_alignment(fp8, layout.tp, layout.device) * layout.cp,
+        alignment=row_alignment(fp8, layout.tp, layout.device, config.model.pack.pad_to_multiple_of)
+        * layout.cp,
         shared_prompt=config.model.pack.shared_prompt,
         global_batch=entry.needs_global_batch,
         cost=architecture.cost_model,

@@ -121,7 +121,9 @@ def planned_run(setup: Setup) -> Run:
         transformer_engine=options.transformer_engine,
         fused=layout.device.type == "cuda",
         attention=options.attention_backend,
-        token_multiple=row_alignment(options.fp8, layout.tp, layout.device),
+        token_multiple=row_alignment(
+            options.fp8, layout.tp, layout.device, setup.config.model.pack.pad_to_multiple_of
+        ),
         two_passes=setup.entry.needs_global_batch,
     )
 

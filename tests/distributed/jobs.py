@@ -44,6 +44,7 @@ class Layout:
     options: dict[str, Any] = field(default_factory=dict)  # of ModelOptions
     shared_prompt: bool = True
     global_batch: bool = True  # two passes for objectives that need it; False where one row holds the batch
+    multiple: int | None = None  # that rows are padded to
     max_tokens: int = 256
     precision: torch.dtype = torch.float32
     accelerator: str = "cpu"  # or gpu
@@ -105,7 +106,7 @@ def build(folder: Path, sizes: list[int], wanted: Layout, lr: float = 1e-3, seed
     source = RowSource(
         GroupList(make_groups(sizes, architecture.vocab_size, seed=seed, longest=wanted.longest)),
         max_tokens=wanted.max_tokens,
-        alignment=row_alignment(options.fp8, layout.tp, layout.device) * layout.cp,
+        alignment=row_alignment(options.fp8, layout.tp, layout.device, wanted.multiple) * layout.cp,
         shared_prompt=wanted.shared_prompt,
         cost=architecture.cost_model,
         data_parallel=(layout.dp, layout.dp_rank),

@@ -59,6 +59,8 @@ CASES = {
     "cp2 dp2": (4, Layout(cp=2)),
     "cp4": (4, Layout(cp=4)),
     "dp2": (2, Layout()),
+    "dp2, padded to 48": (2, Layout(multiple=48)),
+    "tp2, padded to 3 x tp": (2, Layout(tp=2, multiple=3)),
     "dp2, overlap": (2, Layout(overlap=True)),
     "tp2 pp2": (4, Layout(tp=2, pp=2)),
     "tp2 pp2 vpp2": (4, Layout(tp=2, pp=2, vpp=2)),

@@ -50,9 +50,11 @@ CASES = {
 }
 
 
-def run(pool: Any, model: Path, layout: Layout, output: Path) -> tuple[list[Any], dict[str, Any]]:
+def run(
+    pool: Any, model: Path, layout: Layout, output: Path, sizes: list[int] = SIZES
+) -> tuple[list[Any], dict[str, Any]]:
     """(each rank's values, gradients by budget) of a step of W-MPO."""
-    results = pool.run(steps_and_gradients, model, SIZES, SEED, layout, BUDGETS, ["wmpo"], output)
+    results = pool.run(steps_and_gradients, model, sizes, SEED, layout, BUDGETS, ["wmpo"], output)
     found = {
         folder.name.split("-")[0]: load_file(folder / "model.safetensors") for folder in output.iterdir()
     }
@@ -107,6 +109,17 @@ def test_families_agree(name: str, local: Any, te_ranks: Any, tmp_path: Path) ->
     folder, *wanted = local
     world, layout = CASES[name]
     compare(*run(te_ranks(world), folder, layout, tmp_path), *wanted)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_rank_without_a_group_takes_part(
+    overlap: bool, local: Any, ranks: Any, te_ranks: Any, tmp_path: Path
+) -> None:
+    """One group on two data-parallel ranks."""
+    folder, *_ = local
+    (wanted,), gradients = run(ranks(1), folder, Layout(), tmp_path / "local", [5])
+    layout = Layout(distributed_optimizer=True, overlap=overlap, options=TE)
+    compare(*run(te_ranks(2), folder, layout, tmp_path / "te", [5]), wanted, gradients)
 
 
 def load(folder: Path, wanted: Layout) -> torch.Tensor:

@@ -1,10 +1,14 @@
 """What Transformer Engine asks of the device beyond what Megatron asks, answered as a Hopper GPU would."""
 
 import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 _CAPABILITY = (9, 0)
 
@@ -24,6 +28,20 @@ class _Event:
         return True
 
 
+@contextmanager
+def _coalescing(
+    coalescing: Callable[..., Any], group: Any = None, device: Any = None, async_ops: bool = False
+) -> Iterator[Any]:
+    """Collectives that are sent together. With a device a backend has calls of its own for that, which Gloo has not:
+    they are done one by one, each when it has returned.
+    """
+    if device is None:
+        with coalescing(group, None, async_ops) as handles:
+            yield handles
+    else:
+        yield SimpleNamespace(wait=lambda: None)
+
+
 def answer_for_the_gpu() -> None:
     """To be called once, after `mpo_megatron.runtime.cpu.install`."""
     cuda: Any = torch.cuda
@@ -37,6 +55,7 @@ def answer_for_the_gpu() -> None:
     cuda.Event = _Event
     # The first version whose products take a scale for each block.
     torch.version.cuda = "12.9"
+    dist._coalescing_manager = partial(_coalescing, dist._coalescing_manager)
     # It asserts of all tensors that they are there.
     torch.Tensor.is_cuda = property(lambda tensor: True)  # type: ignore[assignment]
 

@@ -94,6 +94,8 @@ def test_rows_are_multiples_of_what_kernels_and_recipes_need() -> None:
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     assert row_alignment(None, 4, gpu) == 64
     assert row_alignment(None, 3, cpu) == 24
+    assert row_alignment(None, 4, gpu, 512) == 512
+    assert row_alignment(None, 3, cpu, 4) == 12
     assert row_alignment(Fp8("hybrid"), 8, gpu) == 128
     assert row_alignment(Fp8("hybrid", "blockwise"), 2, gpu) == 256
     assert row_alignment(Fp8("hybrid", "mxfp8"), 8, gpu) == 256
