@@ -13,7 +13,7 @@ from mpo_megatron.config import KEPT_FAULTS, FaultConfig
 from mpo_megatron.data import GroupDataset, TokenizeOptions, build_dataset, readers
 from mpo_megatron.data.cache import DataReport
 from mpo_megatron.data.faults import FAULTS
-from mpo_megatron.data.schema import DataError, RecordError
+from mpo_megatron.data.schema import DataError, RecordError, group_from_record
 from tests.helpers.tokenizers import LLAMA2, make_tokenizer
 
 STOP_AT_ALL = FaultConfig(equal_responses="error")
@@ -221,6 +221,17 @@ def test_messages_of_large_groups_are_one_readable_line(tmp_path: Path) -> None:
             build(path)
         assert "\n" not in str(caught.value)
         assert len(str(caught.value)) < 1300, str(caught.value)
+
+
+def test_sides_that_are_nested_too_deep_to_compare() -> None:
+    def turns() -> list[Any]:
+        nested: Any = 1
+        for _ in range(100_000):
+            nested = [nested]
+        return [{"role": "user", "content": nested}, {"role": "assistant", "content": "Red."}]
+
+    with pytest.raises(RecordError, match="nested too deep"):
+        group_from_record({"chosen": turns(), "rejected": turns()}, "train.jsonl:1")
 
 
 def test_an_error_reaches_other_ranks_whole() -> None:

@@ -1,0 +1,285 @@
+"""Whatever lies in a file of data: groups or one sentence with the place, never anything else.
+
+How many inputs were tried is printed (pytest -s); HYPOTHESIS_MULTIPLE=10 tries ten times as many.
+"""
+
+import gzip
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mpo_megatron.data import GroupTokenizer, TokenizeOptions
+from mpo_megatron.data.faults import FAULTS
+from mpo_megatron.data.readers import read_groups
+from mpo_megatron.data.schema import DataError, RecordError, ScoredGroup, group_from_record
+from tests.helpers.tokenizers import CHATML, LLAMA2, make_tokenizer
+
+MULTIPLE = int(os.environ.get("HYPOTHESIS_MULTIPLE", "1"))
+OPTIONS = TokenizeOptions(max_prompt_length=60, max_length=100, truncation="skip")
+LONGEST_MESSAGE = 1500
+TRIED: Counter[str] = Counter()
+
+
+def tries(number: int) -> Any:
+    return settings(
+        max_examples=number * MULTIPLE, deadline=None, derandomize=True, database=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def said() -> Iterator[None]:
+    TRIED.clear()
+    yield
+    print(f"\nfuzzed: {sum(TRIED.values()):,} inputs: {dict(TRIED)}")
+
+
+# ---- what files and records may be -------------------------------------------------------------------------
+
+# Any character, halves of those beyond the basic plane among them; some texts are long.
+TEXT = st.text(st.characters() | st.sampled_from("\ud83d\udd8a \n"), max_size=20) | st.just("long " * 999)
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.sampled_from([10**309, -(10**400), 1e39, -1e308])
+    | TEXT
+    | st.sampled_from(["preferred", "dispreferred", "length", "user", "assistant", "system", ""])
+)
+KEYS = st.sampled_from([
+    "id", "prompt_id", "prompt", "messages", "instruction", "responses", "text", "score", "label", "finish_reason",
+    "completions", "response", "overall_score", "chosen", "rejected", "score_chosen", "rejected_score",
+    "all_generated_responses", "all_rm_scores", "role", "content",
+])  # fmt: skip
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS | TEXT, inner, max_size=5),
+    max_leaves=20,
+)
+TURNS = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["user", "assistant", "system", "tool"]), "content": TEXT}
+    ),
+    max_size=4,
+)
+PROMPTS = TEXT | TURNS
+NUMBERS = st.floats(-10, 10) | SCALARS
+RESPONSES = st.fixed_dictionaries(
+    {"text": TEXT | SCALARS}, optional={"score": NUMBERS, "label": SCALARS, "finish_reason": SCALARS}
+)
+COMPLETIONS = st.fixed_dictionaries({"response": TEXT, "overall_score": NUMBERS})
+# Near to what is right, in each shape.
+RECORDS = st.one_of(
+    st.fixed_dictionaries(
+        {"prompt": PROMPTS, "responses": st.lists(RESPONSES, max_size=5)}, optional={"id": SCALARS | VALUES}
+    ),
+    st.fixed_dictionaries({"instruction": PROMPTS, "completions": st.lists(COMPLETIONS, max_size=4)}),
+    st.fixed_dictionaries(
+        {"prompt": PROMPTS, "chosen": TEXT | TURNS, "rejected": TEXT | TURNS},
+        optional={"score_chosen": NUMBERS, "score_rejected": NUMBERS},
+    ),
+    st.fixed_dictionaries(
+        {
+            "prompt": PROMPTS,
+            "all_generated_responses": st.lists(TEXT) | VALUES,
+            "all_rm_scores": st.lists(NUMBERS) | VALUES,
+        }
+    ),
+    # What is right but for one thing.
+    st.fixed_dictionaries(
+        {
+            "id": st.just("x") | SCALARS | VALUES,
+            "prompt": st.just("Name a colour."),
+            "responses": st.tuples(
+                st.fixed_dictionaries({"text": TEXT | st.just("Red."), "score": st.just(1.0) | NUMBERS}),
+                st.just({"text": "Seven.", "score": 0.5}),
+            ).map(list),
+        }
+    ),
+)
+GOOD = json.dumps(
+    {
+        "id": "ü",
+        "prompt": "Name 🦊.",
+        "responses": [{"text": "Red", "score": 1.5}, {"text": "é", "score": 2}],
+    },
+    ensure_ascii=False,
+).encode()
+
+
+@st.composite
+def damaged(draw: Any) -> bytes:
+    """Good lines, with bytes changed, left out or put in."""
+    data = bytearray(b"\n".join([GOOD] * draw(st.integers(1, 3))))
+    for _ in range(draw(st.integers(1, 6))):
+        place = draw(st.integers(0, len(data)))
+        kind = draw(st.sampled_from(["change", "remove", "insert", "cut"]))
+        if kind == "change" and place < len(data):
+            data[place] = draw(st.integers(0, 255))
+        elif kind == "remove":
+            del data[place : place + draw(st.integers(1, 20))]
+        elif kind == "insert":
+            pieces = st.sampled_from([b"\n", b"[", b"{", b'"', b"\\ud800", b"1e999"])
+            data[place:place] = draw(st.binary(max_size=8) | pieces)
+        else:
+            del data[place:]
+    return bytes(data)
+
+
+# ---- what must hold ----------------------------------------------------------------------------------------
+
+
+def check_message(error: DataError, place: str) -> None:
+    message = str(error)
+    assert message.startswith(place)
+    assert "\n" not in message
+    assert len(message) < LONGEST_MESSAGE + len(place)
+    message.encode()
+
+
+def check_group(group: ScoredGroup) -> None:
+    assert len(group.responses) >= 2
+    assert group.messages[-1].role == "user"
+    for text in (*(m.content for m in group.messages), *(r.text for r in group.responses), group.id):
+        text.encode()
+    for response in group.responses:
+        assert response.text.strip()
+        assert isinstance(response.score, float)
+        assert math.isfinite(response.score)
+        assert abs(response.score) <= 3.5e38
+
+
+def check_file(path: Path) -> None:
+    """Skipping all faults gives the groups and stopping at the first gives its sentence, of the same records."""
+    faults: list[RecordError] = []
+
+    def skip(error: RecordError) -> bool:
+        check_message(error, f"{path}")
+        assert error.fault in FAULTS
+        faults.append(error)
+        return True
+
+    try:
+        groups = list(read_groups(path, on_fault=skip))
+    except RecordError as error:
+        raise AssertionError("a fault of one record was raised past skip") from error
+    except DataError as error:  # of the file as a whole
+        check_message(error, f"{path}")
+        return
+    for group in groups:
+        check_group(group)
+    if [error for error in faults if error.fault != "equal_responses"]:
+        with pytest.raises(RecordError) as caught:
+            list(read_groups(path))
+        check_message(caught.value, f"{path}")
+
+
+@tries(300)
+@given(content=damaged())
+def test_damaged_lines(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_bytes(content)
+    TRIED["damaged lines"] += 1
+    check_file(tmp_path / "data.jsonl")
+
+
+@tries(150)
+@given(
+    content=st.binary(max_size=200) | st.binary(max_size=60).map(b"[".__add__) | damaged().map(gzip.compress)
+)
+def test_any_bytes(content: bytes, tmp_path: Path) -> None:
+    for name in ("data.jsonl", "data.json.gz"):
+        (tmp_path / name).write_bytes(content)
+        TRIED["any bytes"] += 1
+        check_file(tmp_path / name)
+
+
+@tries(100)
+@given(place=st.integers(0, 10**6), value=st.integers(0, 255), cut=st.booleans())
+def test_damaged_archives(place: int, value: int, cut: bool, tmp_path: Path) -> None:
+    content = bytearray(
+        gzip.compress(b"\n".join(GOOD.replace(b'"\xc3\xbc"', b'"%d"' % n) for n in range(50)))
+    )
+    place %= len(content)
+    content[place] = value
+    (tmp_path / "data.jsonl.gz").write_bytes(content[:place] if cut else content)
+    TRIED["damaged archives"] += 1
+    check_file(tmp_path / "data.jsonl.gz")
+
+
+@tries(60)
+@given(content=damaged())
+def test_damaged_parquet(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "data.parquet"
+    table = pyarrow.Table.from_pylist([json.loads(GOOD) | {"id": str(n)} for n in range(20)])
+    pyarrow.parquet.write_table(table, path)
+    whole = bytearray(path.read_bytes())
+    place = sum(content) * 7919 % len(whole)
+    whole[place : place + len(content) % 5 + 1] = content[:3]
+    path.write_bytes(whole)
+    TRIED["damaged Parquet"] += 1
+    check_file(path)
+
+
+@tries(500)
+@given(record=RECORDS | VALUES)
+def test_any_record(record: Any) -> None:
+    TRIED["records"] += 1
+    try:
+        check_group(group_from_record(record, "data.jsonl:1"))
+    except RecordError as error:
+        check_message(error, "data.jsonl:1: ")
+
+
+TOKENIZERS = {
+    template: GroupTokenizer(make_tokenizer(template), OPTIONS) for template in (CHATML, LLAMA2, None)
+}
+
+
+@tries(150)
+@given(records=st.lists(RECORDS, max_size=4), template=st.sampled_from([CHATML, LLAMA2, None]))
+def test_any_record_through_the_tokenizer(records: list[Any], template: str | None, tmp_path: Path) -> None:
+    """As lines of a file, so what JSON cannot say is said in another way."""
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    TRIED["records through a tokenizer"] += len(records)
+    check_file(path)
+    faults: list[RecordError] = []
+
+    def skip(error: RecordError) -> bool:
+        check_message(error, f"{path}:")
+        faults.append(error)
+        return True
+
+    groups = list(read_groups(path, on_fault=skip))
+    tokens = TOKENIZERS[template](groups, skip)
+    assert len(groups) == len(tokens)
+    assert len(faults) + sum(of is not None for of in tokens) == len(records)
+    for of in tokens:
+        if of is not None:
+            assert 1 <= len(of.prompt_ids) <= 60
+            assert all(1 <= len(ids) <= 100 - len(of.prompt_ids) for ids in of.response_ids)
+
+
+@tries(200)
+@given(
+    depth=st.integers(1, 3000),
+    opening=st.sampled_from(["[", '{"a":']),
+    key=st.sampled_from(["prompt", "responses", "id", "x"]),
+)
+def test_any_depth(depth: int, opening: str, key: str, tmp_path: Path) -> None:
+    nested = opening * depth + "1" + ("]" if opening == "[" else "}") * depth
+    path = tmp_path / "data.jsonl"
+    path.write_text(f'{GOOD.decode()[:-1]}, "{key}": {nested}}}\n', encoding="utf-8")
+    TRIED["depths"] += 1
+    check_file(path)
