@@ -65,6 +65,10 @@ class TrainerConfig:
     save_interval: int = 0  # steps between checkpoints; 0: at the end only
     save_at_end: bool = True  # write a checkpoint after the last step
     gradient_clip_val: float = 1.0  # global norm; 0: no clipping
+    # A step whose loss or gradient is not finite is left out; so many in a row end the run, with its state saved.
+    max_skipped_steps: int = 3
+    # Steps over which loss, margin and rewards are watched for spikes, collapse and joint falls; 0: no warnings.
+    watch_window: int = 20
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
 
@@ -421,9 +425,11 @@ def _check(config: Config) -> None:
         "head_chunk_size",
     ):
         _at_least(f"model.{name}", getattr(model, name), 1)
-    for name in ("num_nodes", "max_epochs", "log_every_n_steps", "distributed_timeout_minutes"):
+    for name in (
+        "num_nodes", "max_epochs", "log_every_n_steps", "distributed_timeout_minutes", "max_skipped_steps"
+    ):  # fmt: skip
         _at_least(f"trainer.{name}", getattr(trainer, name), 1)
-    for name in ("val_check_interval", "save_interval", "gradient_clip_val"):
+    for name in ("val_check_interval", "save_interval", "gradient_clip_val", "watch_window"):
         _at_least(f"trainer.{name}", getattr(trainer, name), 0)
     if trainer.max_steps != -1:
         _at_least("trainer.max_steps", trainer.max_steps, 1)

@@ -34,10 +34,14 @@ class Experiment:
 
     def log(self, step: int, split: str, values: dict[str, float]) -> None:
         """Record the values of optimizer step `step` (0: before training); split is `train` or `validation`."""
-        self._lines.write(json.dumps({"step": step, "split": split, **values}) + "\n")
-        self._lines.flush()
+        self.note(step, split, values)
         for logger in self.loggers:
             logger.log_metrics({f"{split}/{name}": value for name, value in values.items()}, step=step)
+
+    def note(self, step: int, split: str, values: dict[str, Any]) -> None:
+        """Record what is no number of a logger: a line of metrics.jsonl alone."""
+        self._lines.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+        self._lines.flush()
 
     def history(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl so far, those of earlier starts of this run included."""

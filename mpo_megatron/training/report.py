@@ -40,8 +40,11 @@ class TrainingBar:
             file=sys.stdout,
         )
 
-    def advance(self, values: dict[str, float]) -> None:
-        """One step further, with its metrics."""
+    def advance(self, values: dict[str, float] | None) -> None:
+        """One step further, with its metrics; None: it was left out."""
+        if values is None:
+            self._bar.update()
+            return
         mfu = f", MFU {values['mfu']:.0%}" if "mfu" in values else ""
         self._bar.set_postfix_str(
             f"loss {values['loss']:.4f}, margin {values['reward_margin']:+.3f}, accuracy {values['accuracy']:.2f}, "

@@ -30,6 +30,7 @@ from mpo_megatron.objectives.registry import GroupBatch, Objective
 from mpo_megatron.runtime.parallel import ParallelLayout
 from mpo_megatron.scheduling.pack import PackedRow
 from mpo_megatron.scheduling.rows import SplitGroups, StepRows
+from mpo_megatron.training.guard import check_step, squared_norm
 from mpo_megatron.training.rank_times import RankTimes
 
 # What a row gives: from the last stage's output [1, R, 1], (loss to differentiate, count, values to keep).
@@ -220,8 +221,11 @@ def objective_pass(
     Returns:
         Mean of each of METRICS over the global step's groups, the same on all ranks; from the second step on with what
         `times` says of the step before.
+
+    Raises:
+        NotFinite: in training, if the loss or the gradient is not; on all ranks.
     """
-    seconds = None
+    seconds, squares = None, None
     if forward_only:
         row_loss = objective_loss(objective, reference_logps)
         kept = run_schedule(chunks, step, row_loss, forward_only=True)
@@ -231,7 +235,12 @@ def objective_pass(
         row_loss = objective_loss(objective, reference_logps, split)
         seconds = None if times is None else times.begin()
         kept = run_schedule(chunks, step, row_loss, forward_only=False)
-    means, of_ranks = _means_and_seconds(kept, split, step, layout, seconds or 0.0)
+        squares = squared_norm(chunks)
+    means, of_ranks, total = _means_and_seconds(kept, split, step, layout, seconds or 0.0, squares)
+    if squares is not None:
+        rows = zip(kept, step.rows, strict=False) if layout.speaks_for_replica else ()
+        losses = [(values["sums"], row.response_ids) for values, row in rows if "sums" in values]
+        check_step(means["loss"], total, losses, chunks, layout)
     return means if times is None or seconds is None else means | times.add(of_ranks)
 
 
@@ -244,7 +253,7 @@ def mean_metrics(
         kept: what the schedule returned with `objective_loss`.
         split: what `first_pass` returned.
     """
-    means, _ = _means_and_seconds(kept, split, step, layout, 0.0)
+    means, _, _ = _means_and_seconds(kept, split, step, layout, 0.0, None)
     return means
 
 
@@ -254,11 +263,15 @@ def _means_and_seconds(
     step: StepRows,
     layout: ParallelLayout,
     seconds: float,
-) -> tuple[dict[str, float], list[float]]:
-    """(`mean_metrics`, `seconds` of every rank)."""
-    sums = torch.zeros(len(METRICS) + layout.world_size, dtype=torch.float64, device=layout.device)
-    metrics, of_ranks = sums[: len(METRICS)], sums[len(METRICS) :]
+    squares: Tensor | None,
+) -> tuple[dict[str, float], list[float], float]:
+    """(`mean_metrics`, `seconds` of every rank, the sum of all ranks' `squares`)."""
+    count = len(METRICS)
+    sums = torch.zeros(count + 1 + layout.world_size, dtype=torch.float64, device=layout.device)
+    metrics, squared, of_ranks = sums[:count], sums[count], sums[count + 1 :]
     of_ranks[layout.rank].fill_(seconds)
+    if squares is not None:
+        squared += squares
     if layout.speaks_for_replica:
         for values in kept:
             if "sums" in values:
@@ -268,4 +281,4 @@ def _means_and_seconds(
     dist.all_reduce(sums)
     found = sums.tolist()
     means = {name: total / max(step.groups, 1) for name, total in zip(METRICS, found, strict=False)}
-    return means, found[len(METRICS) :]
+    return means, found[count + 1 :], found[count]

@@ -1,11 +1,11 @@
 """The job, top-down: prepare, build, steps with validation and checkpoints, export, closing table."""
 
 import json
-import math
 import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import yaml
@@ -15,16 +15,19 @@ from mpo_megatron.conversion.export import export_hf
 from mpo_megatron.errors import UserError
 from mpo_megatron.runtime.parallel import shutdown
 from mpo_megatron.scheduling.rows import StepRows
-from mpo_megatron.training.checkpoint import all_checkpoints
+from mpo_megatron.training.checkpoint import all_checkpoints, folder_of
 from mpo_megatron.training.data_parallel import current_models
 from mpo_megatron.training.experiment import CHECKPOINTS
+from mpo_megatron.training.guard import NotFinite
 from mpo_megatron.training.job import IDENTITY_FILE, Job, build_job, identity, resume, start_masters
 from mpo_megatron.training.masters import master_values
 from mpo_megatron.training.profiling import ProfileWindow
 from mpo_megatron.training.report import TrainingBar, before_after, plot_run, progress, say
 from mpo_megatron.training.retention import VALIDATION_FILE, remove_superfluous
-from mpo_megatron.training.setup import EXPORT_DTYPES, Setup, prepare
+from mpo_megatron.training.setup import EXPORT_DTYPES, prepare
+from mpo_megatron.training.skips import Skips
 from mpo_megatron.training.step import objective_pass
+from mpo_megatron.training.watch import Watch
 
 
 def train(config: Config) -> None:
@@ -59,18 +62,24 @@ def run_steps(job: Job, start: int) -> None:
     if 0 < val_every < 1:
         val_every = max(1, round(val_every * job.setup.steps_per_epoch))
     bar = TrainingBar(job.total_steps, start, shown=job.is_main)
+    skips, watch = Skips(job), Watch(trainer.watch_window)
     with job.setup.train.source.steps(job.setup.train.steps[start:]) as steps, ProfileWindow(job) as window:
         for step in range(start + 1, job.total_steps + 1):
             with window.step(step):
-                values = train_step(job, step, steps)
+                values = guarded_step(job, step, steps, skips)
             bar.advance(values)
+            if skips.in_a_row >= trainer.max_skipped_steps:
+                give_up(job, step, skips)
             complete_save(job, wait=False)
             last = step == job.total_steps
             saves = (last and trainer.save_at_end) or (
                 trainer.save_interval and step % trainer.save_interval == 0
             )
-            if step % trainer.log_every_n_steps == 0 or last:
+            if values is not None and (step % trainer.log_every_n_steps == 0 or last):
                 job.log(step, "train", values)
+            if values is not None and job.is_main:
+                for sentence in watch.add(values):
+                    say(f"warning: step {step}: {sentence}")
             metrics: dict[str, float] = {}
             is_compared = saves and trainer.checkpoint.save_top_k != -1
             if last or is_compared or (val_every and step % int(val_every) == 0):
@@ -80,11 +89,47 @@ def run_steps(job: Job, start: int) -> None:
     bar.close()
 
 
+def guarded_step(job: Job, step: int, steps: Iterator[StepRows], skips: Skips) -> dict[str, float] | None:
+    """`train_step`; None where the step is left out, since its loss or gradient is not finite.
+
+    The learning rate goes on all the same: it is a function of the step.
+    """
+    try:
+        values = train_step(job, step, steps)
+    except NotFinite as found:
+        job.schedule.step(1)
+        skips.add(step, found)
+        return None
+    skips.end()
+    return values
+
+
+def give_up(job: Job, step: int, skips: Skips) -> NoReturn:
+    """End a run that has left out too many steps in a row, with the state that it had before them.
+
+    Raises:
+        UserError: always; on all ranks.
+    """
+    first, trainer = step - skips.in_a_row + 1, job.setup.config.trainer
+    way_back = "nothing was trained before them"
+    if first > 1:
+        way_back = "no state is saved, as configured"
+        if trainer.save_at_end or trainer.save_interval:
+            # The weights are those of then; so is the rate that a run which resumes there goes on with.
+            job.schedule.step(-skips.in_a_row)
+            save(job, first - 1, {})
+            way_back = f"the state before them is in {folder_of(job.folder / CHECKPOINTS, first - 1)}"
+    raise UserError(skips.message(first, step, way_back))
+
+
 def train_step(job: Job, step: int, steps: Iterator[StepRows]) -> dict[str, float]:
     """Optimizer step number `step` (from 1): rows, forward and backward, finite check, update. Returns its metrics.
 
     Args:
         steps: gives the step's rows next.
+
+    Raises:
+        NotFinite: the loss or the gradient is not, and nothing was updated; on all ranks.
     """
     setup, began = job.setup, time.perf_counter()
     with job.mark("rows"):
@@ -98,7 +143,6 @@ def train_step(job: Job, step: int, steps: Iterator[StepRows]) -> dict[str, floa
     values = objective_pass(
         job.chunks, rows, setup.objective, references, setup.layout, forward_only=False, times=job.times
     )
-    _check_finite("loss", values["loss"], step, setup, rows)
     values["lr"] = job.optimizer.param_groups[0]["lr"]
     before = None if job.sample is None else job.sample.values()
     with job.mark("optimizer"):
@@ -107,7 +151,6 @@ def train_step(job: Job, step: int, steps: Iterator[StepRows]) -> dict[str, floa
     values["grad_norm"] = float(norm)
     if job.sample is not None and before is not None:
         values["moved_fraction"] = job.sample.moved_since(before)
-    _check_finite("gradient norm", values["grad_norm"], step, setup, rows)
     job.schedule.step(1)
     seconds = time.perf_counter() - began
     return values | {
@@ -121,15 +164,6 @@ def train_step(job: Job, step: int, steps: Iterator[StepRows]) -> dict[str, floa
         "data_seconds": waited,
         **job.throughput.of_step(setup.train.steps[step - 1], seconds),
     }
-
-
-def _check_finite(name: str, value: float, step: int, setup: Setup, rows: StepRows) -> None:
-    if not math.isfinite(value):
-        ids = [setup.train.dataset.group(int(i)).id for i in setup.train.steps[step - 1]]
-        raise UserError(
-            f"the {name} of step {step} is {value}; the last checkpoint is whole. Look at the groups of this step "
-            f"({', '.join(ids[:16])}{', ...' if len(ids) > 16 else ''}), or lower model.optim.lr"
-        )
 
 
 def validate(job: Job, step: int) -> dict[str, float]:
