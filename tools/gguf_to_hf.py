@@ -110,8 +110,10 @@ def load(gguf: Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     try:
         # Progress bars that no setting of transformers turns off.
         with contextlib.redirect_stderr(io.StringIO()):
-            loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(**source)
+            loaded = AutoModelForCausalLM.from_pretrained(
+                **source, dtype=torch.float32, trust_remote_code=False
+            )
+            tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
     except ImportError as error:
         raise UserError(
             f"reading GGUF needs more packages ({error}); run: pip install 'mpo-megatron[quickstart]'"

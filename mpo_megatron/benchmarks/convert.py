@@ -125,7 +125,8 @@ def _measured(convert: Callable[..., Any], source: Path, output: Path) -> tuple[
 def _convert(convert: Callable[..., Any], source: Path, output: Path, found: Any) -> None:
     from transformers import AutoConfig
 
-    AutoConfig.from_pretrained(source if (source / "config.json").is_file() else source / "hf")  # its imports
+    folder = source if (source / "config.json").is_file() else source / "hf"
+    AutoConfig.from_pretrained(folder, trust_remote_code=False)  # its imports
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the highest mark starts anew
     before, start = _status("VmRSS"), time.process_time()
     convert(source, output)

@@ -132,7 +132,7 @@ def _report(work: Work, timings: dict[str, Timing]) -> Report:
 def _groups(arguments: argparse.Namespace, count: int) -> list[TokenizedGroup]:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=False)
     options = TokenizeOptions(max_prompt_length=512, max_length=1024)
     with tempfile.TemporaryDirectory() as cache:
         dataset = build_dataset(arguments.data, tokenizer, options, cache_dir=cache)
@@ -207,10 +207,12 @@ def time_trl(work: Work, precomputed: bool) -> Timing:
             disable_tqdm=True,
         )
         trainer = Tokenized(
-            model=AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.float32),
+            model=AutoModelForCausalLM.from_pretrained(
+                work.model, dtype=torch.float32, trust_remote_code=False
+            ),
             args=config,
             train_dataset=Dataset.from_list(_pairs(work.groups)),
-            processing_class=AutoTokenizer.from_pretrained(work.model),
+            processing_class=AutoTokenizer.from_pretrained(work.model, trust_remote_code=False),
         )
         # The pairs of a group follow each other, as in ours a group is in one step.
         trainer._get_train_sampler = lambda *args: torch.utils.data.SequentialSampler(trainer.train_dataset)

@@ -69,7 +69,8 @@ def load_tokenizer(folder: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        # Left out, transformers would ask on a terminal whether to run a folder's own code.
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"no tokenizer can be loaded from {folder} ({' '.join(str(error).split())[:200]}); put tokenizer.json and "

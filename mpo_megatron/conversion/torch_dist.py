@@ -13,14 +13,13 @@ import warnings
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import (
     DefaultSavePlanner,
-    FileSystemReader,
     FileSystemWriter,
     SavePlan,
     TensorStorageMetadata,
@@ -29,6 +28,7 @@ from torch.distributed.checkpoint import save as save_distributed
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from mpo_megatron.conversion.safe_pickle import NotAllowed, read_index
 from mpo_megatron.errors import CheckpointError
 
 FORMAT_FILE = "metadata.json"
@@ -62,8 +62,14 @@ class CheckpointReader:
                 "it again with Megatron's --ckpt-format torch_dist"
             )
         try:
-            metadata = FileSystemReader(self.folder).read_metadata()
-        except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ImportError) as error:
+            # Before Megatron's loader reads it, too, which would run what it holds.
+            metadata = read_index(self.folder / ".metadata")
+        except NotAllowed as error:
+            raise CheckpointError(
+                f"{self.folder / '.metadata'} is no index of a checkpoint: {error}; nothing of it was run, so take the "
+                "checkpoint from a place that you trust"
+            ) from error
+        except (OSError, pickle.UnpicklingError) as error:
             raise CheckpointError(
                 f"{self.folder / '.metadata'} cannot be read ({error}); copy the checkpoint again"
             ) from error
@@ -86,6 +92,11 @@ class CheckpointReader:
             ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
         for name, end in sorted(ends.items()):
             path = self.folder / name
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise CheckpointError(
+                    f"{self.folder / '.metadata'} names {name}, which is outside of the checkpoint; take the "
+                    "checkpoint from a place that you trust"
+                )
             if not path.is_file():
                 raise CheckpointError(f"{path} is missing, though .metadata names it; copy the file there")
             if path.stat().st_size < end:

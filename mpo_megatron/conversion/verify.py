@@ -99,7 +99,7 @@ def _transformers(
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(hf, dtype=dtype).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(hf, dtype=dtype, trust_remote_code=False).to(device).eval()
     found = []
     with torch.no_grad():
         for tokens in ids:

@@ -166,7 +166,7 @@ def _read_config(source: Path, file: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
         raise ConfigError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
 

@@ -37,12 +37,13 @@ def sample_responses(
     Raises UserError for settings that cannot sample, and for a tokenizer that has no chat template.
     """
     _check_settings(samples, temperature, top_p, max_new_tokens, batch_size, dtype)
-    tokenizer = AutoTokenizer.from_pretrained(model_path, padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(model_path, padding_side="left", trust_remote_code=False)
     if tokenizer.chat_template is None:
         raise UserError(f"the tokenizer in {model_path} has no chat template; use an instruct model's folder")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=DTYPES[dtype]).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=DTYPES[dtype], trust_remote_code=False)
+    model = model.to(device).eval()
     stop_ids = _stop_ids(model.generation_config.eos_token_id, tokenizer)
 
     inputs = [_encode(tokenizer, prompt) for prompt in prompts]
