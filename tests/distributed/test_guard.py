@@ -8,11 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from megatron.core.utils import get_model_config
 from safetensors.torch import load_file
 
 from mpo_megatron.model import provider
 from mpo_megatron.training import job as building
+from mpo_megatron.training.guard import NotFinite
 from tests.distributed.faults import replaced
+from tests.distributed.jobs import Layout, build, gradients, logps
 from tests.distributed.test_main_job import arguments, exact, job, metrics, write_data
 from tests.helpers.models import make_llama
 
@@ -70,6 +73,43 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def settings(inputs: dict[str, Path], folder: Path, *more: str) -> list[str]:
     fixed = [f"trainer.max_steps={STEPS}", "trainer.precision=32", "model.global_batch_size=8"]
     return [*arguments(inputs, folder), *fixed, *more]
+
+
+def found_in_one_step(folder: Path, wanted: Layout, value: float) -> list[tuple[str, list[str]]]:
+    """(what, parameters) of what a step raises on this rank: whole, then with a value on the last rank alone."""
+    model = build(folder, [2, 3, 2, 4], wanted)
+    found: list[tuple[str, list[str]]] = []
+    reference = logps(model) - 1
+    finalize = get_model_config(model.chunks[0]).finalize_model_grads_func
+    for spoils in (False, True):
+
+        def spoilt(models: list[Any], *args: Any, spoils: bool = spoils, **kwargs: Any) -> None:
+            if spoils and model.layout.rank == model.layout.world_size - 1:
+                next(models[-1].parameters()).main_grad.view(-1)[0] = value
+            finalize(models, *args, **kwargs)
+
+        for chunk in model.chunks:
+            get_model_config(chunk).finalize_model_grads_func = spoilt
+        try:
+            gradients(model, reference, "wmpo")
+            found.append(("", []))
+        except NotFinite as raised:
+            found.append((raised.what, raised.parameters))
+    return found
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf, 1e30])
+@pytest.mark.parametrize(
+    "wanted", [Layout(), Layout(tp=2), Layout(pp=2), Layout(distributed_optimizer=True)], ids=str
+)
+def test_both_ranks_raise_what_is_not_finite_on_one(
+    wanted: Layout, value: float, inputs: dict[str, Path], ranks: Any
+) -> None:
+    first, second = ranks(2).run(found_in_one_step, inputs["model"], wanted, value)
+    assert first == second
+    assert first[0] == ("", [])
+    assert first[1][0] == "gradient"
+    assert bool(first[1][1]) == (value != 1e30)
 
 
 @pytest.fixture(scope="module")
