@@ -72,9 +72,13 @@ def _head(found: Mapping[str, Any]) -> str:
     kept, eager_kept, peak, eager_peak = (
         found[f"{name}_bytes"] / 2**20 for name in ("kept", "eager_kept", "peak", "eager_peak")
     )
+    beside = ""
+    if "eager_head_seconds" in found:
+        seconds, other_peak = found["eager_head_seconds"], found["eager_head_peak_bytes"] / 2**20
+        beside = f"; the eager head {seconds * 1e3:.1f} ms, peak {other_peak:.0f} MiB"
     return (
-        f"kept {kept:.0f} MiB, eager {eager_kept:.0f}; peak {peak:.0f} MiB, eager {eager_peak:.0f}; "
-        f"{found['seconds'] * 1e3:.1f} ms, {found['time_ratio']:.2f} x eager"
+        f"kept {kept:.0f} MiB, whole logits {eager_kept:.0f}; peak {peak:.0f} MiB, whole logits {eager_peak:.0f}; "
+        f"{found['seconds'] * 1e3:.1f} ms, {found['time_ratio']:.2f} x whole logits{beside}"
     )
 
 
@@ -196,7 +200,17 @@ def benchmark(name: str, on_gpu: bool, quick: bool, tables: Path) -> list[Row]:
 
 def _setting(settings: Mapping[str, Any]) -> str:
     """What a benchmark's figures are of, in short."""
-    known = ("layers of", "attention", "precision", "fp8", "prompt", "response", "responses", "groups")
+    known = (
+        "layers of",
+        "attention",
+        "head",
+        "precision",
+        "fp8",
+        "prompt",
+        "response",
+        "responses",
+        "groups",
+    )
     return ", ".join(f"{key} {settings[key]}" for key in known if settings.get(key) not in (None, "None"))
 
 

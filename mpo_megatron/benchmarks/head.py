@@ -1,5 +1,5 @@
-"""The response head against whole logits: bytes that autograd keeps, the peak of what both passes allocate, and
-time.
+"""The response head against whole logits: bytes that autograd keeps, the peak of what both passes allocate, and time.
+On a GPU each backend that can run there has a row.
 """
 
 import argparse
@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
 import numpy as np
 import torch
@@ -24,7 +25,8 @@ from mpo_megatron.benchmarks.measure import (
 )
 from mpo_megatron.benchmarks.report import Report
 from mpo_megatron.data import TokenizedGroup
-from mpo_megatron.model.head import ResponseHead
+from mpo_megatron.model.head import ResponseHead, no_head
+from mpo_megatron.runtime.choices import HEAD
 from mpo_megatron.runtime.device import choose_device
 from mpo_megatron.runtime.parallel import initialize
 from mpo_megatron.scheduling.pack import PackedRow, pack_row
@@ -63,35 +65,46 @@ def run(arguments: argparse.Namespace) -> Report:
     on_gpu = device.type == "cuda"
     chunk_size = arguments.chunk_size or (1024 if on_gpu else 256)
     cases = GPU_CASES if on_gpu else QUICK_CASES if arguments.quick else CASES
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    problems = {name: no_head(name, device, dtype) for name in HEAD}
+    usable = [name for name in HEAD if problems[name] is None]
     rows: list[list[str]] = []
     figures: dict[str, float] = {}
-    for case in cases:
-        figures = _measure(case, chunk_size, 2 if arguments.quick else arguments.repeats, device)
+    repeats = 2 if arguments.quick else arguments.repeats
+    for case, backend in product(cases, usable):
+        found = _measure(case, backend, chunk_size, repeats, device)
+        # What a run takes by itself has the plain names.
+        figures |= (
+            found if backend == usable[0] else {f"{backend}_head_{name}": found[name] for name in found}
+        )
         rows.append(
             [
                 f"{case.n} x {case.v} x {case.h}",
-                *(f"{figures[name] / 2**20:.1f}" for name in _MEBIBYTES),
-                f"{figures['seconds'] * 1e3:.1f}",
-                f"{figures['time_ratio']:.2f} x",
+                backend,
+                *(f"{found[name] / 2**20:.1f}" for name in _MEBIBYTES),
+                f"{found['seconds'] * 1e3:.1f}",
+                f"{found['time_ratio']:.2f} x",
             ]
         )
     return Report(
         benchmark="head",
         columns=[
             "N x V x H",
+            "head",
             "kept, MiB",
             "allowed, MiB",
-            "eager kept, MiB",
+            "whole logits kept, MiB",
             "peak, MiB",
             "chunk's logits, MiB",
-            "eager peak, MiB",
+            "whole logits' peak, MiB",
             f"1e-3 {clock(device)}",
-            "time to eager",
+            "time to whole logits",
         ],
         rows=rows,
         figures=figures,
         settings={
             "chunk_size": chunk_size,
+            "head": usable[0],
             "on": measured_on(device),
             "threads": arguments.threads,
             "precision": "bfloat16" if on_gpu else "float32",
@@ -99,6 +112,7 @@ def run(arguments: argparse.Namespace) -> Report:
         notes=[
             "kept: all that autograd saves but the weight, states and row it is given; allowed: N x H numbers + 16 N",
             "peak: forward + backward, beyond inputs and the gradients that are returned; figures: of the last case",
+            *(f"{name}: {problem}" for name, problem in problems.items() if problem is not None),
         ],
     )
 
@@ -113,10 +127,12 @@ _MEBIBYTES = (
 )
 
 
-def _measure(case: Case, chunk_size: int, repeats: int, device: torch.device) -> dict[str, float]:
+def _measure(
+    case: Case, backend: str, chunk_size: int, repeats: int, device: torch.device
+) -> dict[str, float]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     row = _row(case, device)
-    head = _head(case, chunk_size).to(device, dtype)
+    head = _head(case, chunk_size, backend).to(device, dtype)
     head.row = row
     hidden = torch.randn(row.tokens.numel(), 1, case.h, device=device, dtype=dtype).requires_grad_()
     weight = head.weight
@@ -146,7 +162,7 @@ def _measure(case: Case, chunk_size: int, repeats: int, device: torch.device) ->
     }
 
 
-def _head(case: Case, chunk_size: int) -> ResponseHead:
+def _head(case: Case, chunk_size: int, backend: str) -> ResponseHead:
     """The head as the model has it: Megatron's output layer, taken over."""
     config = TransformerConfig(
         num_layers=1, hidden_size=case.h, num_attention_heads=1, use_cpu_initialization=True
@@ -154,7 +170,7 @@ def _head(case: Case, chunk_size: int) -> ResponseHead:
     layer = ColumnParallelLinear(
         case.h, case.v, config=config, init_method=partial(torch.nn.init.normal_, std=0.02), bias=False
     )
-    ResponseHead.take_over(layer, case.v, chunk_size)
+    ResponseHead.take_over(layer, case.v, chunk_size, backend=backend)
     return layer
 
 

@@ -16,6 +16,7 @@ from mpo_megatron.conversion.restore import load_megatron_weights
 from mpo_megatron.data import GroupList
 from mpo_megatron.model.architecture import Architecture, read_architecture
 from mpo_megatron.model.fp8 import row_alignment
+from mpo_megatron.model.head import choose_head
 from mpo_megatron.model.provider import ModelOptions, build_model, unwrap
 from mpo_megatron.objectives.registry import Objective
 from mpo_megatron.runtime.device import choose_device
@@ -84,6 +85,7 @@ def build(folder: Path, sizes: list[int], wanted: Layout, lr: float = 1e-3, seed
         **{
             "dtype": wanted.precision,
             "sequence_parallel": wanted.tp > 1,
+            "head_backend": choose_head("auto", layout.device, wanted.precision),
             "head_chunk_size": 7,
             **wanted.options,
         }
