@@ -21,7 +21,7 @@ def test_a_command_chooses_of_each_group() -> None:
     assert chosen.model.mpo.objective == "wmpo"
     assert chosen.model.mpo.hyper_parameters == {"beta": 0.01, "alpha": 0.1}
     assert (chosen.model.fp8, chosen.trainer.num_nodes) == ("hybrid", 2)
-    assert compose_config(PRESET, ["layout=llama3_8b/a100_80gb_2x8_bf16", *GIVEN]) != default
+    assert compose_config(PRESET, ["layout=llama3_8b/h100_1x8_fp8", *GIVEN]) != default
     more = compose_config(PRESET, ["nodes=8x8", "layout=llama3_8b/h100_2x8_bf16", *GIVEN])
     assert (more.trainer.num_nodes, more.model.pipeline_model_parallel_size) == (8, 2)
     assert compose_config(PRESET, ["~layout", *GIVEN]).model.tensor_model_parallel_size == 1
