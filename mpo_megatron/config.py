@@ -219,7 +219,7 @@ class ModelConfig:
     sequence_parallel: bool | None = None
     transformer_impl: str = "auto"  # whose layers: auto | transformer_engine | local
     attention_backend: str = "auto"  # auto | varlen | te | sdpa
-    head_backend: str = "auto"  # what makes log-probs of the last hidden states: auto | triton | eager
+    head_backend: str = "eager"  # what makes log-probs of the last hidden states: eager | triton | auto
     # 8-bit products in Transformer Engine's layers: null | hybrid | e4m3; see mpo_megatron/model/fp8.py.
     fp8: str | None = None
     fp8_recipe: str = "tensorwise"  # how scales are found: delayed | tensorwise | blockwise | mxfp8
@@ -392,7 +392,7 @@ def _check(config: Config) -> None:
     _one_of("trainer.precision", config.precision, ("bf16", "32"))
     _one_of("model.transformer_impl", model.transformer_impl, ("auto", "transformer_engine", "local"))
     _one_of("model.attention_backend", model.attention_backend, ("auto", "varlen", "te", "sdpa"))
-    _one_of("model.head_backend", model.head_backend, ("auto", "triton", "eager"))
+    _one_of("model.head_backend", model.head_backend, ("eager", "triton", "auto"))
     _check_fp8(config)
     if model.export_dtype is not None:
         _one_of("model.export_dtype", model.export_dtype, ("bf16", "float32"))

@@ -234,7 +234,7 @@ def choose_head(name: str, device: torch.device, dtype: torch.dtype) -> str:
         return next(backend for backend in choices.HEAD if no_head(backend, device, dtype) is None)
     problem = no_head(name, device, dtype)
     if problem is not None:
-        raise ConfigError(f"model.head_backend={name}: {problem}; mend that, or set model.head_backend=auto")
+        raise ConfigError(f"model.head_backend={name}: {problem}; mend that, or set model.head_backend=eager")
     return name
 
 

@@ -183,9 +183,9 @@ def kernels(facts: Facts) -> Iterator[Finding]:
     triton = facts.libraries.get("triton")
     if triton is not None and triton.problem is not None and capability >= (8, 0):
         yield Finding(
-            SLOWER,
+            NOTE,
             str(triton),
-            "the response head is torch's operations",
+            "no model.head_backend=triton: the response head is torch's operations",
             # Read and written in the forward pass: 28 bytes a logit, where the kernel has none; in the backward pass
             # 34, where it has 10.
             "52 bytes more move for each logit: some 13 ms for 6,000 response tokens and 128,000 words on an H100",

@@ -167,3 +167,5 @@ FAULTS: dict[str, tuple[int, Layout, str]] = {
     "weights_from_the_part_alone": (2, Layout(pp=2), "split"),
     "batched_sends_between_interleaved_stages": (2, Layout(pp=2, vpp=2), "whole"),
 }
+# A part of a group may hold preferred responses alone: as a whole group it has no finite loss.
+NOT_FINITE = {"weights_from_the_part_alone"}

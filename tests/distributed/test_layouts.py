@@ -18,6 +18,7 @@ from mpo_megatron.model.architecture import read_architecture
 from tests.distributed import faults
 from tests.distributed.jobs import Layout, steps_and_gradients
 from tests.helpers.models import hugging_face_logps, make_groups, make_llama
+from tests.helpers.ranks import RankError
 
 SIZES = [2, 9, 3, 5]
 # Of all groups with these sizes, such that a row may hold the longest prompt with a response, but no whole group.
@@ -245,10 +246,15 @@ def test_bfloat16_is_near(
 def test_a_fault_is_found(
     fault: str, model: Path, baseline: dict[str, Any], ranks: Any, tmp_path: Path
 ) -> None:
-    """The comparison fails for a wrong plan, layout or count: each of these trains without any error."""
+    """The comparison, or before it the guard, fails for a wrong plan, layout or count: none is an error by itself."""
     world, layout, kind = faults.FAULTS[fault]
     layout = replace(layout, precision=torch.float64)
-    found = run(ranks(world), model, layout, tmp_path, {kind: BUDGETS[kind]}, fault=fault)
+    arguments = (ranks(world), model, layout, tmp_path, {kind: BUDGETS[kind]})
+    if fault in faults.NOT_FINITE:
+        with pytest.raises(RankError, match=r"guard\.NotFinite"):
+            run(*arguments, fault=fault)
+        return
+    found = run(*arguments, fault=fault)
     with pytest.raises(AssertionError):
         assert_same(*found, baseline, rtol=1e-3)  # far above any rounding
 
