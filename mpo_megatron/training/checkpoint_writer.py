@@ -32,6 +32,7 @@ from mpo_megatron.runtime.parallel import ParallelLayout, raise_together, raisin
 from mpo_megatron.runtime.publish import cannot_write, replace
 from mpo_megatron.training.checkpoint import folder_of, sharded_models
 from mpo_megatron.training.optimizer_state import BUCKETS, FORM, content, pieces, sharded_state
+from mpo_megatron.training.write_results import WriteResults, used_by_megatron
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class CheckpointWriter:
         # What is the same in all checkpoints of a run is found out for the first: who writes what, and the buckets.
         self._strategy: FullyParallelSaveStrategyWrapper | None = None
         self._buckets: list[Piece] = []
+        self._results = WriteResults()
         self._queue: Any = None
         self._options: dict[str, str] = {}
         if asynchronous:
@@ -98,7 +100,7 @@ class CheckpointWriter:
             self._strategy = FullyParallelSaveStrategyWrapper(base, replicas(), do_cache_distribution=True)
             if written.get(FORM) == BUCKETS:
                 self._buckets = self._gather(pieces(optimizer, models, state["optimizer"]))
-        with self._writing(final):
+        with self._writing(final), used_by_megatron(self._results):
             request = dist_checkpointing.save(
                 state,
                 str(temporary),

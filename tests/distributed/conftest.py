@@ -19,7 +19,7 @@ def ranks() -> Iterator[Callable[[int], RankPool]]:
     processes.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def te_ranks() -> Iterator[Callable[[int], RankPool]]:
     """The same in processes that have Transformer Engine's layers; see tests.helpers.transformer_engine."""
     if not transformer_engine.is_there():

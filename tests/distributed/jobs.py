@@ -181,23 +181,25 @@ def steps_and_gradients(
     seed: int,
     wanted: Layout,
     budgets: dict[str, int],
-    names: list[str],
+    names: list[str] | dict[str, list[str]],
     output: Path,
 ) -> dict[str, Any]:
-    """Steps without an update for every budget and objective, and an update after the last.
+    """Steps without an update for every budget and its objectives, and an update after the last.
 
     Args:
         sizes: responses of each group.
         seed: of the groups.
         budgets: tokens of a row, by name.
-        names: of the objectives.
+        names: of the objectives; by budget, where they are not the same for all.
         output: the gradients go to `output/<budget>-<objective>` as Hugging Face folders, under their names there.
 
     Returns:
-        `logps`, `split` (groups in more than one part) and `evaluated` (the first objective's metrics, forward only) by
+        `logps`, `split` (groups in more than one part) and `evaluated` (its first objective's metrics, forward only) by
         budget; `metrics` and `norm` by "<budget>-<objective>"; `padding`, the largest absolute value in the gradient of
         the vocabulary's padding; and `after`, the log-probs after the update.
     """
+    if isinstance(names, list):
+        names = dict.fromkeys(budgets, names)
     model = build(folder, sizes, wanted, seed=seed)
     inner = current_models(model.chunks)
     parameters = [parameter for one in inner for parameter in one.parameters()]
@@ -209,9 +211,9 @@ def steps_and_gradients(
         # The mean log-ratio is 1: KTO's reference point is above 0.
         reference = before + torch.linspace(-4, 2, len(before), device=before.device)
         found["logps"][budget] = before
-        found["evaluated"][budget] = evaluate(model, reference, names[0])
+        found["evaluated"][budget] = evaluate(model, reference, names[budget][0])
         found["split"][budget] = len(model.source.plan(range(len(sizes))).split)
-        for name in names:
+        for name in names[budget]:
             key = f"{budget}-{name}"
             found["metrics"][key] = gradients(model, reference, name)
             model.optimizer.prepare_grads()
@@ -227,7 +229,7 @@ def steps_and_gradients(
             )
             for parameter, weight in zip(parameters, weights, strict=True):
                 parameter.data.copy_(weight)
-    gradients(model, reference, names[-1])
+    gradients(model, reference, names[budget][-1])
     model.optimizer.step()
     found["after"] = logps(model)
     return found

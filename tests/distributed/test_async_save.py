@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -74,6 +75,7 @@ def train_while_writing(folder: Path, wanted: Layout, save: Path, form: str) -> 
     assert writer.finish() == save / "step_0000002"
     assert names(save) == {"step_0000002"}
     writer.close()
+    assert not psutil.Process().children()  # such as Megatron's server for what writers tell
     return logps(model)
 
 

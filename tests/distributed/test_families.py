@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from mpo_megatron.model.architecture import FAMILIES, read_architecture
 from tests.distributed.jobs import Layout, logps_and_export
 from tests.distributed.test_checkpoint import train
-from tests.distributed.test_layouts import BUDGETS, FULL, RTOL, SEED, SIZES, assert_same, run
+from tests.distributed.test_layouts import ALL, BUDGETS, FULL, RTOL, SEED, SIZES, assert_same, run
 from tests.helpers.models import hugging_face_logps, make_groups, make_model
 
 LLAMA3_ROPE = {
@@ -130,7 +130,9 @@ def trained(request: pytest.FixtureRequest, make: Any, ranks: Any, tmp_path_fact
     """A model, and what one rank with repeated prompts makes of it."""
     source = make(request.param)
     layout = Layout(shared_prompt=False, precision=torch.float64)
-    ((result,), gradients) = run(ranks(1), source, layout, tmp_path_factory.mktemp("one"), {"whole": 4096})
+    ((result,), gradients) = run(
+        ranks(1), source, layout, tmp_path_factory.mktemp("one"), {"whole": 4096}, steps=ALL
+    )
     return source, {**result, "gradients": gradients}
 
 

@@ -20,7 +20,7 @@ from tests.helpers.models import make_llama
 from tests.helpers.ranks import RankPool, RankProcesses
 
 # No size is a multiple of a block (64 positions, 64 words, 32 of the hidden size), nor of the words of a program.
-LARGE = Size(131, 4501, 40)
+LARGE = Size(67, 4501, 40)
 ONE = Size(1, 2049, 32)
 
 
@@ -103,7 +103,7 @@ def batch_case(size: Size) -> None:
 
     hidden, weight, targets, _ = problem(torch.float32, size)
     whole = logits_triton.normalise(hidden, weight, targets, 0, 1)
-    for places in (slice(0, 1), slice(100, 131)):
+    for places in (slice(0, 1), slice(30, 67)):
         part = logits_triton.normalise(hidden[places], weight, targets[places], 0, 1)
         for found, wanted in zip(part, whole, strict=True):
             assert torch.equal(found, wanted[places])

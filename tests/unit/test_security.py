@@ -16,8 +16,12 @@ from tests.helpers.models import make_llama
 from tests.unit.conversion.test_torch_dist import write
 
 ROOT = Path(__file__).resolve().parents[2]
-# What ranks of one run tell each other through their own store; and the restricted reader.
-PICKLES = {"mpo_megatron/runtime/meeting.py", "mpo_megatron/conversion/safe_pickle.py"}
+# What ranks of one run, or a rank and its own forks, tell each other; and the restricted reader.
+PICKLES = {
+    "mpo_megatron/runtime/meeting.py",
+    "mpo_megatron/conversion/safe_pickle.py",
+    "mpo_megatron/training/write_results.py",
+}
 
 
 def dangers(source: str, path: str = "") -> list[str]:
