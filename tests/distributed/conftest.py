@@ -1,10 +1,12 @@
 """Ranks for the tests in this folder: `ranks(world_size).run(case, ...)`, see tests/helpers/ranks.py."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.helpers import transformer_engine
+from tests.helpers.main_job import make_inputs
 from tests.helpers.ranks import RankPool, RankProcesses
 
 
@@ -32,6 +34,12 @@ def te_ranks() -> Iterator[Callable[[int], RankPool]]:
     )
     yield lambda world_size: RankPool(world_size, processes)
     processes.close()
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A small model and data for the main job."""
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

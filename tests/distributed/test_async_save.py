@@ -15,7 +15,7 @@ import torch
 from mpo_megatron.errors import CheckpointError, UserError
 from tests.distributed.jobs import Layout, Model, build, gradients, logps
 from tests.distributed.test_checkpoint import FORMS, SIZES, train
-from tests.distributed.test_main_job import CONF, arguments, exact, job, metrics, write_data
+from tests.helpers.main_job import CONF, arguments, exact, job, metrics
 from tests.helpers.models import make_llama
 
 DISTRIBUTED = Layout(distributed_optimizer=True)
@@ -168,17 +168,6 @@ def test_a_checkpoint_that_is_not_whole_gets_no_name(folder: Path, ranks: Any, t
     )
     assert "__1_0.distcp is cut off" in first
     assert names(tmp_path) == {".step_0000001"}
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("inputs")
-    return {
-        "model": make_llama(folder / "model", max_position_embeddings=512),
-        "train": write_data(folder / "train.jsonl", 40, 0),
-        "validation": write_data(folder / "validation.jsonl", 12, 1),
-        "cache": folder / "cache",
-    }
 
 
 def job_that_dies(overrides: list[str], at: int) -> None:

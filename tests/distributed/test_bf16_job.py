@@ -8,14 +8,14 @@ import torch
 from safetensors.torch import load_file
 
 from mpo_megatron.conversion.convert import export_checkpoint
-from tests.distributed.test_main_job import (
+from tests.helpers.main_job import (
     arguments,
     exact,
     job,
     job_killed_after,
+    make_inputs,
     metrics,
     printed,
-    write_data,
 )
 from tests.helpers.models import make_model
 
@@ -27,13 +27,8 @@ BF16 = ("trainer.precision=bf16", "model.optim.master_weights=auto", "trainer.ma
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("inputs")
     changes: dict[str, Any] = {"dtype": torch.bfloat16, "max_position_embeddings": 512}
-    return {
-        "model": make_model(folder / "llama", "llama", **changes),
-        "experts": make_model(folder / "experts", "qwen3_moe", **changes),
-        "train": write_data(folder / "train.jsonl", 40, 0),
-        "validation": write_data(folder / "validation.jsonl", 12, 1),
-        "cache": folder / "cache",
-    }
+    inputs = make_inputs(folder, make_model(folder / "llama", "llama", **changes))
+    return {**inputs, "experts": make_model(folder / "experts", "qwen3_moe", **changes)}
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

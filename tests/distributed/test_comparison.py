@@ -13,8 +13,8 @@ import yaml
 from transformers import AutoTokenizer
 
 from mpo_megatron.data import Selection, TokenizeOptions, build_dataset
-from tests.distributed.test_main_job import arguments, job, metrics, write_data
-from tests.helpers.models import hugging_face_logps, make_llama
+from tests.helpers.main_job import arguments, job, make_inputs, metrics
+from tests.helpers.models import hugging_face_logps
 from tools import compare_objectives
 
 VALIDATION_STEPS, BATCH = 3, 2
@@ -24,17 +24,13 @@ VALIDATION_STEPS, BATCH = 3, 2
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Of the validation groups the second has equal scores."""
     folder = tmp_path_factory.mktemp("inputs")
-    validation = write_data(folder / "validation.jsonl", 10, 1)
+    inputs = make_inputs(folder, groups=(8, 10))
+    validation = inputs["validation"]
     groups = [json.loads(line) for line in validation.read_text().splitlines()]
     for response in groups[1]["responses"]:
         response["score"] = 3.0
     validation.write_text("".join(json.dumps(group) + "\n" for group in groups))
-    return {
-        "model": make_llama(folder / "model", max_position_embeddings=512),
-        "train": write_data(folder / "train.jsonl", 8, 0),
-        "validation": validation,
-        "cache": folder / "cache",
-    }
+    return inputs
 
 
 @pytest.fixture(scope="module")

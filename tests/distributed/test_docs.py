@@ -12,8 +12,8 @@ import pytest
 
 from mpo_megatron.data.readers import read_groups
 from mpo_megatron.objectives.metrics import METRICS
-from tests.distributed.test_main_job import metrics, write_data
 from tests.helpers.agents import run_all
+from tests.helpers.main_job import metrics, write_data
 from tests.helpers.models import make_llama
 from tests.helpers.pages import DOCS, ROOT, blocks, pages, rows
 

@@ -16,8 +16,7 @@ from mpo_megatron.training import job as building
 from mpo_megatron.training.guard import NotFinite
 from tests.distributed.faults import replaced
 from tests.distributed.jobs import Layout, build, gradients, logps
-from tests.distributed.test_main_job import arguments, exact, job, metrics, write_data
-from tests.helpers.models import make_llama
+from tests.helpers.main_job import arguments, exact, job, metrics
 
 STEPS = 8
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
@@ -57,17 +56,6 @@ def job_with_a_bad_reference(overrides: list[str], response: int) -> str:
 
     with replaced(building, "_reference", spoilt):
         return job(overrides)
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("inputs")
-    return {
-        "model": make_llama(folder / "model", max_position_embeddings=512),
-        "train": write_data(folder / "train.jsonl", 40, 0),
-        "validation": write_data(folder / "validation.jsonl", 12, 1),
-        "cache": folder / "cache",
-    }
 
 
 def settings(inputs: dict[str, Path], folder: Path, *more: str) -> list[str]:

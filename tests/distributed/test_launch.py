@@ -16,9 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.distributed.test_main_job import metrics, write_data
 from tests.helpers.agents import ENVIRONMENT, run_all
-from tests.helpers.models import make_llama
+from tests.helpers.main_job import metrics
 from tests.helpers.pages import DOCS, blocks
 
 ROOT = Path(__file__).parents[2]
@@ -51,15 +50,6 @@ SBATCH = """#!/usr/bin/env bash
 copy=$(mktemp) && cp "$1" "$copy" && shift
 exec bash "$copy" "$@"
 """
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("inputs")
-    return {
-        "model": make_llama(folder / "model", max_position_embeddings=512),
-        "train": write_data(folder / "train.jsonl", 40, 0),
-    }
 
 
 def overrides(inputs: dict[str, Path], *more: str) -> list[str]:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from mpo_megatron.conversion.convert import export_checkpoint
 from mpo_megatron.model.provider import unwrap
 from tests.distributed.jobs import Layout, build, gradients, logps, save
-from tests.distributed.test_main_job import arguments, inputs, job, metrics  # noqa: F401 - inputs is a fixture
+from tests.helpers.main_job import arguments, job, metrics
 from tests.helpers.models import make_model
 
 SIZES = [2, 9, 3, 5]
@@ -71,7 +71,7 @@ def test_exports_and_checkpoints_have_the_optimizers_weights(
     assert all(torch.equal(live[name], exported[name]) for name in live)
 
 
-def test_the_main_job_is_the_same_in_bf16(inputs: dict[str, Path], ranks: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_the_main_job_is_the_same_in_bf16(inputs: dict[str, Path], ranks: Any, tmp_path: Path) -> None:
     """With validations, checkpoints and exports in between, and the count of the weights that moved."""
     more = ["trainer.precision=bf16", "trainer.max_steps=4", "trainer.val_check_interval=2",
             "trainer.save_interval=2", "model.export_at_save=true", "model.optim.lr=1e-4"]  # fmt: skip

@@ -14,7 +14,7 @@ from mpo_megatron.conversion.convert import export_checkpoint, import_hf
 from mpo_megatron.data import TokenizeOptions, build_dataset
 from mpo_megatron.model.fp8 import Fp8
 from tests.distributed.jobs import Layout, export, smollm2_logps, smollm2_step
-from tests.distributed.test_main_job import job
+from tests.helpers.main_job import job
 from tests.helpers.models import hugging_face_logps
 
 DATA = Path(__file__).parents[2] / "examples" / "data"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from mpo_megatron.conversion.convert import export_checkpoint
 from tests.distributed.faults import replaced
-from tests.distributed.test_main_job import arguments, exact, job, job_killed_after, metrics, write_data
+from tests.helpers.main_job import arguments, exact, job, job_killed_after, make_inputs, metrics
 from tests.helpers.models import make_llama
 
 JOB = ("trainer.precision=bf16", "trainer.accelerator=cpu", "model.transformer_impl=transformer_engine",
@@ -57,12 +57,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A model whose matrices are of 128 x 128 and more on each of two tensor-parallel ranks, as blocks need."""
     folder = tmp_path_factory.mktemp("inputs")
     changes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 256, "initializer_range": 0.05}
-    return {
-        "model": make_llama(folder / "model", dtype=torch.bfloat16, max_position_embeddings=512, **changes),
-        "train": write_data(folder / "train.jsonl", 40, 0),
-        "validation": write_data(folder / "validation.jsonl", 12, 1),
-        "cache": folder / "cache",
-    }
+    model = make_llama(folder / "model", dtype=torch.bfloat16, max_position_embeddings=512, **changes)
+    return make_inputs(folder, model)
 
 
 @pytest.fixture(scope="module")

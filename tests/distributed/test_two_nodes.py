@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.distributed import test_main_job as main_job
-from tests.distributed.test_main_job import exact, write_data
+from tests.helpers import main_job
 from tests.helpers.agents import Ended, free_port, job, run_all, torchrun
+from tests.helpers.main_job import exact
 from tests.helpers.models import make_llama
 
 # None of these runs is to come near it: a hang is what they look for.
@@ -21,16 +21,6 @@ LIMIT = 200
 OWN_MOUNTS = ["unshare", "--mount", "--map-root-user"]
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("inputs")
-    return {
-        "model": make_llama(folder / "model", max_position_embeddings=512),
-        "train": write_data(folder / "train.jsonl", 40, 0),
-        "validation": write_data(folder / "validation.jsonl", 12, 1),
-    }
 
 
 def arguments(inputs: dict[str, Path], output: Path, cache: Path, *more: str) -> list[str]:

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.distributed.test_main_job import arguments, job, metrics, write_data
 from tests.gpu.conftest import Place
-from tests.helpers.models import make_llama
+from tests.helpers.main_job import arguments, job, make_inputs, metrics
 
 SHARDED = "model.optim.distributed"
 OVERLAP = ("overlap_grad_reduce", "overlap_param_gather")
@@ -24,13 +23,7 @@ WAYS = {
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("inputs")
-    return {
-        "model": make_llama(folder / "model", max_position_embeddings=512),
-        "train": write_data(folder / "train.jsonl", 6, 0),
-        "validation": write_data(folder / "validation.jsonl", 2, 1),
-        "cache": folder / "cache",
-    }
+    return make_inputs(tmp_path_factory.mktemp("inputs"), groups=(6, 2))
 
 
 @pytest.mark.parametrize("name", WAYS)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from mpo_megatron.benchmarks.masters import stochastic_rounding
-from tests.distributed.test_main_job import write_data
+from tests.helpers.main_job import write_data
 from tests.helpers.models import make_llama
 from tools.compare_masters import main
 
