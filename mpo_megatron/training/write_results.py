@@ -39,12 +39,13 @@ class WriteResults:
         """The next of what was put by processes that have ended, or by this one.
 
         Raises:
-            queue.Empty: there is nothing.
+            queue.Empty: there is nothing, or a part of what a process wrote that was killed.
         """
         unread = io.BytesIO(os.pread(self._file.fileno(), self._size() - self._read, self._read))
-        if not unread.getbuffer():
-            raise queue.Empty
-        results = pickle.load(unread)
+        try:
+            results = pickle.load(unread)
+        except (EOFError, pickle.UnpicklingError) as error:
+            raise queue.Empty from error
         self._read += unread.tell()
         return results
 

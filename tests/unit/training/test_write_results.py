@@ -1,6 +1,7 @@
 """What a writer tells the process that forked it."""
 
 import multiprocessing
+import os
 import queue
 
 import pytest
@@ -30,6 +31,14 @@ def test_all_that_was_put_comes_back_in_order() -> None:
         results.get_nowait()
     in_a_fork(results, "later")
     assert results.get_nowait() == "later"
+
+
+def test_a_part_is_nothing() -> None:
+    results = WriteResults()
+    results.put("whole")
+    os.truncate(results._file.fileno(), 8)
+    with pytest.raises(queue.Empty):
+        results.get_nowait()
 
 
 def test_two_share_nothing() -> None:
