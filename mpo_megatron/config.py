@@ -524,7 +524,7 @@ def _check_profile(model: ModelConfig) -> None:
     for name, window in (("model.profile", model.profile), ("model.nsys_profile", model.nsys_profile)):
         _at_least(f"{name}.start_step", window.start_step, 1)
         _at_least(f"{name}.end_step", window.end_step, window.start_step)
-        if not window.ranks or min(window.ranks) < 0:
+        if not window.ranks or any(not isinstance(rank, int) or rank < 0 for rank in window.ranks):
             raise ConfigError(f"{name}.ranks={list(window.ranks)} must name one rank or more, from 0")
     if model.profile.enabled and model.nsys_profile.enabled:
         raise ConfigError(

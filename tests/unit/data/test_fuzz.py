@@ -1,13 +1,8 @@
-"""Whatever lies in a file of data: groups or one sentence with the place, never anything else.
-
-How many inputs were tried is printed (pytest -s); HYPOTHESIS_MULTIPLE=10 tries ten times as many.
-"""
+"""Whatever lies in a file of data: groups or one sentence with the place, never anything else."""
 
 import gzip
 import json
 import math
-import os
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,26 +10,17 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mpo_megatron.data import GroupTokenizer, TokenizeOptions
 from mpo_megatron.data.faults import FAULTS
 from mpo_megatron.data.readers import read_groups
 from mpo_megatron.data.schema import DataError, RecordError, ScoredGroup, group_from_record
+from tests.helpers.fuzzing import TEXT, TRIED, check_message, damaged, tries
 from tests.helpers.tokenizers import CHATML, LLAMA2, make_tokenizer
 
-MULTIPLE = int(os.environ.get("HYPOTHESIS_MULTIPLE", "1"))
 OPTIONS = TokenizeOptions(max_prompt_length=60, max_length=100, truncation="skip")
-LONGEST_MESSAGE = 1500
-TRIED: Counter[str] = Counter()
-
-
-def tries(number: int) -> Any:
-    return settings(
-        max_examples=number * MULTIPLE, deadline=None, derandomize=True, database=None,
-        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,8 +32,6 @@ def said() -> Iterator[None]:
 
 # ---- what files and records may be -------------------------------------------------------------------------
 
-# Any character, halves of those beyond the basic plane among them; some texts are long.
-TEXT = st.text(st.characters() | st.sampled_from("\ud83d\udd8a \n"), max_size=20) | st.just("long " * 999)
 SCALARS = (
     st.none()
     | st.booleans()
@@ -118,34 +102,12 @@ GOOD = json.dumps(
 ).encode()
 
 
-@st.composite
-def damaged(draw: Any) -> bytes:
-    """Good lines, with bytes changed, left out or put in."""
-    data = bytearray(b"\n".join([GOOD] * draw(st.integers(1, 3))))
-    for _ in range(draw(st.integers(1, 6))):
-        place = draw(st.integers(0, len(data)))
-        kind = draw(st.sampled_from(["change", "remove", "insert", "cut"]))
-        if kind == "change" and place < len(data):
-            data[place] = draw(st.integers(0, 255))
-        elif kind == "remove":
-            del data[place : place + draw(st.integers(1, 20))]
-        elif kind == "insert":
-            pieces = st.sampled_from([b"\n", b"[", b"{", b'"', b"\\ud800", b"1e999"])
-            data[place:place] = draw(st.binary(max_size=8) | pieces)
-        else:
-            del data[place:]
-    return bytes(data)
+DAMAGED = st.integers(1, 3).flatmap(
+    lambda lines: damaged(b"\n".join([GOOD] * lines), (b"\n", b"[", b"{", b'"', b"\\ud800", b"1e999"))
+)
 
 
 # ---- what must hold ----------------------------------------------------------------------------------------
-
-
-def check_message(error: DataError, place: str) -> None:
-    message = str(error)
-    assert message.startswith(place)
-    assert "\n" not in message
-    assert len(message) < LONGEST_MESSAGE + len(place)
-    message.encode()
 
 
 def check_group(group: ScoredGroup) -> None:
@@ -186,7 +148,7 @@ def check_file(path: Path) -> None:
 
 
 @tries(300)
-@given(content=damaged())
+@given(content=DAMAGED)
 def test_damaged_lines(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_bytes(content)
     TRIED["damaged lines"] += 1
@@ -195,7 +157,7 @@ def test_damaged_lines(content: bytes, tmp_path: Path) -> None:
 
 @tries(150)
 @given(
-    content=st.binary(max_size=200) | st.binary(max_size=60).map(b"[".__add__) | damaged().map(gzip.compress)
+    content=st.binary(max_size=200) | st.binary(max_size=60).map(b"[".__add__) | DAMAGED.map(gzip.compress)
 )
 def test_any_bytes(content: bytes, tmp_path: Path) -> None:
     for name in ("data.jsonl", "data.json.gz"):
@@ -218,7 +180,7 @@ def test_damaged_archives(place: int, value: int, cut: bool, tmp_path: Path) -> 
 
 
 @tries(60)
-@given(content=damaged())
+@given(content=DAMAGED)
 def test_damaged_parquet(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "data.parquet"
     table = pyarrow.Table.from_pylist([json.loads(GOOD) | {"id": str(n)} for n in range(20)])

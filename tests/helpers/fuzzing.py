@@ -1,0 +1,61 @@
+"""What fuzz tests share: how many inputs, their count, and what an error may look like.
+
+How many inputs were tried is printed (pytest -s); HYPOTHESIS_MULTIPLE=10 tries ten times as many.
+"""
+
+import os
+from collections import Counter
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+
+MULTIPLE = int(os.environ.get("HYPOTHESIS_MULTIPLE", "1"))
+LONGEST_MESSAGE = 1500
+TRIED: Counter[str] = Counter()
+
+# Any character, halves of those beyond the basic plane among them; some texts are long.
+TEXT = st.text(st.characters() | st.sampled_from("\ud83d\udd8a \n"), max_size=20) | st.just("long " * 999)
+NUMBERS = st.integers() | st.floats() | st.sampled_from([-1, 0, 1, 2, 10**309, -(10**400), 1e39, -1e308])
+SCALARS = st.none() | st.booleans() | NUMBERS | TEXT
+
+
+def tries(number: int) -> Any:
+    """Settings of a test with so many inputs, the same in every run."""
+    return settings(
+        max_examples=number * MULTIPLE, deadline=None, derandomize=True, database=None, report_multiple_bugs=False,
+        phases=[Phase.explicit, Phase.generate],  # to shrink an input may take minutes
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
+    )  # fmt: skip
+
+
+def check_message(error: Exception, place: str = "") -> None:
+    """It is one sentence that can be printed, and begins with the place."""
+    message = str(error)
+    assert message.startswith(place)
+    assert "\n" not in message
+    assert len(message) < LONGEST_MESSAGE + len(place)
+    message.encode()
+
+
+@st.composite
+def damaged(draw: Any, data: bytes, pieces: tuple[bytes, ...] = (b"\n",), within: int | None = None) -> bytes:
+    """Bytes with some changed, left out or put in.
+
+    Args:
+        pieces: that are put in, beside any bytes.
+        within: how far from the start; None: anywhere.
+    """
+    changed = bytearray(data)
+    for _ in range(draw(st.integers(1, 6))):
+        place = draw(st.integers(0, min(len(changed), within or len(changed))))
+        kind = draw(st.sampled_from(["change", "remove", "insert", "cut"]))
+        if kind == "change" and place < len(changed):
+            changed[place] = draw(st.integers(0, 255))
+        elif kind == "remove":
+            del changed[place : place + draw(st.integers(1, 20))]
+        elif kind == "insert":
+            changed[place:place] = draw(st.binary(max_size=8) | st.sampled_from(pieces))
+        else:
+            del changed[place:]
+    return bytes(changed)

@@ -1,0 +1,118 @@
+"""Whatever stands in a YAML or on the command line: a configuration or one sentence, never anything else."""
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mpo_megatron import objectives
+from mpo_megatron.config import Config, as_yaml, check_overrides, parse
+from mpo_megatron.errors import ConfigError
+from tests.helpers.fuzzing import SCALARS, TEXT, TRIED, check_message, tries
+
+
+@pytest.fixture(scope="module", autouse=True)
+def said() -> Iterator[None]:
+    TRIED.clear()
+    yield
+    print(f"\nfuzzed: {sum(TRIED.values()):,} inputs: {dict(TRIED)}")
+
+
+def paths_of(schema: type, prefix: str = "") -> Iterator[str]:
+    """The dotted names of all sections and keys."""
+    for field in fields(schema):
+        yield prefix + field.name
+        if isinstance(field.type, type) and is_dataclass(field.type):
+            yield from paths_of(field.type, f"{prefix}{field.name}.")
+
+
+PATHS = sorted(paths_of(Config))
+WORDS = st.sampled_from(
+    ["???", "null", "bf16", "32", "auto", "cpu", "cached", "none", "dpo", "wmpo", "simpo", "full", "uniform", "hybrid",
+     "error", "skip", "0.5", "1e9", "-1", "2", "${model.optim.lr}", "${nothing}", "${", "a=b", "[1,2]", "{a: 1}"]
+)  # fmt: skip
+KEYS = (
+    st.sampled_from(sorted({path.rpartition(".")[2] for path in PATHS} | {"beta", "alpha", "gamma"})) | TEXT
+)
+VALUES = st.recursive(
+    SCALARS | WORDS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+    max_leaves=8,
+)
+CHANGES = st.lists(st.tuples(st.sampled_from(PATHS), VALUES), min_size=1, max_size=4)
+
+
+def check(raw: Any) -> None:
+    try:
+        config = parse(raw)
+    except ConfigError as error:
+        check_message(error)
+        TRIED["refused"] += 1
+    else:
+        # What is taken can be written down and taken again.
+        written: Any = OmegaConf.create(yaml.safe_load(yaml.safe_dump(as_yaml(config))))
+        assert parse(written) == config
+        TRIED["taken"] += 1
+
+
+@tries(120)
+@given(CHANGES)
+def test_changed_keys(changes: list[tuple[str, Any]]) -> None:
+    raw = OmegaConf.create({"model": {"restore_from_path": "m", "data": {"train": "d.jsonl"}}})
+    try:
+        for path, value in changes:
+            OmegaConf.update(raw, path, value, force_add=True)
+    except (OmegaConfBaseException, ValueError, TypeError, AssertionError):
+        return  # no YAML says so
+    check(raw)
+
+
+@tries(50)
+@given(
+    st.dictionaries(st.sampled_from(["trainer", "exp_manager", "model", "name"]) | KEYS, VALUES, max_size=4)
+)
+def test_any_mapping(mapping: dict[Any, Any]) -> None:
+    try:
+        raw = OmegaConf.create(mapping)
+    except (OmegaConfBaseException, ValueError, TypeError):
+        return
+    check(raw)
+
+
+@tries(100)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["", "+", "++", "~"]), st.sampled_from(PATHS) | TEXT, WORDS | TEXT),
+        max_size=3,
+    )
+)
+def test_overrides(given_overrides: list[tuple[str, str, str]]) -> None:
+    try:
+        check_overrides([f"{sign}{key}={value}" for sign, key, value in given_overrides])
+        TRIED["overrides taken"] += 1
+    except ConfigError as error:
+        check_message(error)
+        TRIED["overrides refused"] += 1
+
+
+@tries(100)
+@given(
+    st.sampled_from(objectives.names()),
+    st.dictionaries(
+        st.sampled_from(["beta", "alpha", "gamma", "delta", "tau", "lambda"]) | TEXT, VALUES, max_size=3
+    ),
+)
+def test_hyper_parameters(name: str, found: dict[str, Any]) -> None:
+    try:
+        raw = OmegaConf.create(
+            {"model": {"restore_from_path": "m", "data": {"train": "d"}, "mpo": {"objective": name, **found}}}
+        )
+    except (OmegaConfBaseException, ValueError, TypeError):
+        return
+    check(raw)
