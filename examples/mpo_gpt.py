@@ -22,6 +22,7 @@ from mpo_megatron.config import parse, register_schema  # noqa: E402
 from mpo_megatron.config_groups import check_command  # noqa: E402
 from mpo_megatron.errors import UserError  # noqa: E402
 from mpo_megatron.runtime.meeting import starting_together  # noqa: E402
+from mpo_megatron.runtime.parent import end_with_launcher  # noqa: E402
 from mpo_megatron.training.trainer import train  # noqa: E402
 
 _composed: list[DictConfig] = []
@@ -48,6 +49,7 @@ def chosen_yaml(arguments: list[str]) -> Path:
 
 def main() -> int:
     """Run the job. Returns the exit status; what a user must mend is one sentence, not a traceback."""
+    end_with_launcher()
     register_schema()
     try:
         with starting_together():

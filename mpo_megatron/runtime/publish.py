@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,31 +15,73 @@ from mpo_megatron.errors import CheckpointError
 def published(final: Path) -> Iterator[Path]:
     """A new folder beside `final` to write into; it takes that name, in an older folder's place, when the block ends.
 
-    After an error it is removed, and an older folder is as it was.
+    After an error it is removed, and an older folder is as it was. What a process that was killed has left of the same
+    kind is removed, too.
 
     Raises:
         CheckpointError: the file system refuses to write (an OSError inside the block).
     """
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
-        try:
-            temporary.chmod(0o755)  # mkdtemp's is for its maker alone
+        _remove_abandoned(final)
+        with _own_folder(final) as temporary:
             yield temporary
             replace(temporary, final)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         raise cannot_write(final, error) from error
 
 
+@contextlib.contextmanager
+def _own_folder(final: Path) -> Iterator[Path]:
+    """A folder beside `final`, locked as long as the block lasts, or the process."""
+    while True:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
+        opened = os.open(temporary, os.O_RDONLY)
+        # A file system without locks has nobody ask.
+        with contextlib.suppress(OSError):
+            fcntl.flock(opened, fcntl.LOCK_EX)
+        # Before it was locked, another process may have taken it for abandoned.
+        if temporary.exists():
+            break
+        os.close(opened)
+    try:
+        temporary.chmod(0o755)  # mkdtemp's is for its maker alone
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(opened)
+
+
+def _remove_abandoned(final: Path) -> None:
+    """Remove the folders of `_own_folder` whose process is no more."""
+    for path in final.parent.glob(f".{final.name}-*"):
+        # Another process has it, or has just removed it, or nobody can tell.
+        with contextlib.suppress(OSError):
+            opened = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(opened)
+
+
 def replace(temporary: Path, final: Path) -> None:
-    """Rename a complete folder, in the place of an older one."""
+    """Rename a complete folder, in the place of an older one; the storage keeps the names when this returns."""
     older = temporary.with_name(temporary.name + "-replaced")
+    _sync(temporary)
     if final.exists():
         final.rename(older)
     temporary.rename(final)
+    _sync(final.parent)
     shutil.rmtree(older, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 @contextlib.contextmanager

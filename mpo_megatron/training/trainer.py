@@ -14,6 +14,7 @@ from mpo_megatron.config import Config, as_yaml
 from mpo_megatron.conversion.export import export_hf
 from mpo_megatron.errors import UserError
 from mpo_megatron.runtime.parallel import shutdown
+from mpo_megatron.runtime.parent import end_forks_with_this_process
 from mpo_megatron.scheduling.rows import StepRows
 from mpo_megatron.training.checkpoint import all_checkpoints, folder_of
 from mpo_megatron.training.data_parallel import current_models
@@ -36,6 +37,7 @@ def train(config: Config) -> None:
     Raises:
         UserError: configuration, data, machine or checkpoint are not as they must be.
     """
+    end_forks_with_this_process()
     job = None
     try:
         setup = prepare(config)
