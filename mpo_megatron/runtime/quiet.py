@@ -17,6 +17,8 @@ def quiet_third_parties() -> None:
     warnings.filterwarnings("default", module=r"mpo_megatron(\..*)?")
     # Calls of torch go through it, and torch's warnings about them name it.
     warnings.filterwarnings("ignore", module=r"mpo_megatron\.runtime\.cpu")
+    # On a full disk what matters says that it cannot be written, and not a traceback of every log.
+    logging.raiseExceptions = False
     for name in (
         "megatron",
         "nemo_logging",

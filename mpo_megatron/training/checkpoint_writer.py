@@ -1,7 +1,7 @@
 """Writing a run's checkpoints, while it waits or while it goes on.
 
-A checkpoint is written under a temporary name. It gets its final one when every rank's part is complete, and not
-before: a run that is killed meanwhile leaves the one before it as the newest.
+A checkpoint is written under a temporary name. It gets its final one when every rank's part is complete and on the
+storage, and not before: a run that is killed meanwhile, or a machine, leaves the one before it as the newest.
 
 While the run goes on, a process forked of each rank writes a copy of that rank's share in host memory: Megatron's own
 asynchronous strategy, or from 0.19 on that of nvidia-resiliency-ext, where there is a GPU and that is installed. One
@@ -18,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
 from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -25,11 +27,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from mpo_megatron.conversion.buckets import Piece, write_pieces
 from mpo_megatron.conversion.hf_folder import HF_FOLDER, copy_all_but_weights
+from mpo_megatron.conversion.integrity import write_digests
 from mpo_megatron.conversion.restore import replicas
 from mpo_megatron.conversion.torch_dist import CheckpointReader
 from mpo_megatron.errors import CheckpointError
 from mpo_megatron.runtime.parallel import ParallelLayout, raise_together, raising_together
-from mpo_megatron.runtime.publish import cannot_write, replace
+from mpo_megatron.runtime.publish import cannot_write, check_space, replace
 from mpo_megatron.training.checkpoint import folder_of, sharded_models
 from mpo_megatron.training.optimizer_state import BUCKETS, FORM, content, pieces, sharded_state
 from mpo_megatron.training.write_results import WriteResults, used_by_megatron
@@ -58,6 +61,7 @@ class CheckpointWriter:
         self._strategy: FullyParallelSaveStrategyWrapper | None = None
         self._buckets: list[Piece] = []
         self._results = WriteResults()
+        self._bytes = 0  # of a checkpoint
         self._queue: Any = None
         self._options: dict[str, str] = {}
         if asynchronous:
@@ -81,11 +85,10 @@ class CheckpointWriter:
                 folder.
 
         Raises:
-            CheckpointError: the file system refuses; on all ranks.
+            CheckpointError: the file system refuses, or has too little room; on all ranks.
         """
         assert self._under_way is None, "one checkpoint at a time"
         final = folder_of(self._folder, step)
-        temporary = self._new_folder(final)
         models = sharded_models(chunks)
         state = {
             **models,
@@ -96,10 +99,12 @@ class CheckpointWriter:
         written = content(optimizer, self._form)
         is_first = self._strategy is None
         if is_first:
+            self._bytes = self._count(state)
             base = get_default_save_sharded_strategy()
             self._strategy = FullyParallelSaveStrategyWrapper(base, replicas(), do_cache_distribution=True)
             if written.get(FORM) == BUCKETS:
                 self._buckets = self._gather(pieces(optimizer, models, state["optimizer"]))
+        temporary = self._new_folder(final)
         with self._writing(final), used_by_megatron(self._results):
             request = dist_checkpointing.save(
                 state,
@@ -142,6 +147,9 @@ class CheckpointWriter:
         with self._together(under_way.final):
             if self._layout.is_main:
                 _check_whole(under_way)
+                write_digests(under_way.temporary)
+                # Of small models the index and the rest is as much as the tensors.
+                self._bytes = sum(path.stat().st_size for path in under_way.temporary.rglob("*"))
                 replace(under_way.temporary, under_way.final)
         return under_way.final
 
@@ -157,6 +165,7 @@ class CheckpointWriter:
         with self._together(final):
             if self._layout.is_main:
                 final.parent.mkdir(parents=True, exist_ok=True)
+                check_space(final, self._bytes)
                 made = [tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent)]
                 Path(made[0]).chmod(0o755)  # mkdtemp's is for its maker alone
         dist.broadcast_object_list(made, src=0, group=self._layout.control)
@@ -188,6 +197,19 @@ class CheckpointWriter:
                 yield
             except OSError as error:
                 raise cannot_write(final, error) from error
+
+    def _count(self, state: dict[str, Any]) -> int:
+        """Bytes of all ranks' tensors, of each that several have once."""
+        own = sum(
+            value.data.nbytes
+            for value in nested_values(state)
+            if isinstance(value, ShardedTensor | ShardedTensorFactory)
+            and value.data is not None
+            and is_main_replica(value.replica_id)
+        )
+        counts = [0] * self._layout.world_size
+        dist.all_gather_object(counts, own, group=self._layout.control)
+        return sum(counts)
 
     def _gather(self, own: list[Piece]) -> list[Piece]:
         """The lists of all ranks as one, on rank 0."""

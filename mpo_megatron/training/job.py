@@ -1,6 +1,5 @@
-"""A job before its first step: experiment, model, optimizer, reference log-probs; resumed where it was left."""
+"""A job before its first step: experiment, model, optimizer, reference log-probs."""
 
-import json
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -18,11 +17,9 @@ import mpo_megatron
 from mpo_megatron.conversion.hf_folder import is_checkpoint
 from mpo_megatron.conversion.load import load_hf_weights
 from mpo_megatron.conversion.restore import load_megatron_weights
-from mpo_megatron.errors import CheckpointError
 from mpo_megatron.model.fp8 import Fp8
 from mpo_megatron.model.provider import build_model, unwrap
 from mpo_megatron.runtime.parallel import raising_together
-from mpo_megatron.training.checkpoint import latest_checkpoint, load_checkpoint, remove_leftovers
 from mpo_megatron.training.checkpoint_writer import CheckpointWriter
 from mpo_megatron.training.data_parallel import wrap_data_parallel
 from mpo_megatron.training.experiment import CHECKPOINTS, Experiment, start_experiment
@@ -39,9 +36,6 @@ from mpo_megatron.training.reference_cache import reference_cache
 from mpo_megatron.training.report import progress, say
 from mpo_megatron.training.setup import Setup, Split
 from mpo_megatron.training.throughput import Throughput, expectation, measure
-
-# Beside a checkpoint: the identity of the run that it belongs to.
-IDENTITY_FILE = "run.json"
 
 
 @dataclass
@@ -228,48 +222,3 @@ def _reference(split: Split, chunks: list[Any], setup: Setup) -> Tensor:
     cache = reference_cache(split, steps, setup)
     bar = progress(f"reference, {split.name}", "step", setup.layout.is_main)
     return reference_logps(chunks, split.source, steps, setup.layout, cache, bar)
-
-
-def resume(job: Job) -> int:
-    """Load the newest checkpoint of a run that is to be resumed. Returns the steps that are done."""
-    if not job.setup.config.exp_manager.get("resume_if_exists"):
-        return 0
-    # Found by one rank: a network file system may not show all nodes the same yet.
-    newest: list[Path | None] = [None]
-    if job.is_main:
-        remove_leftovers(job.folder / CHECKPOINTS)
-        newest = [latest_checkpoint(job.folder / CHECKPOINTS)]
-    dist.broadcast_object_list(newest, src=0, group=job.setup.layout.control)
-    (path,) = newest
-    if path is None:
-        if job.experiment is not None:
-            job.experiment.rewind(-1)  # a start that came to no checkpoint is started anew
-        return 0
-    with raising_together(job.setup.layout):
-        if job.is_main:
-            _check_same_run(path, job)
-    step = load_checkpoint(path, job.chunks, job.optimizer, job.schedule, job.setup.layout)
-    if job.experiment is not None:
-        job.experiment.rewind(step)
-        say(f"resumed at step {step} from {path}")
-    return step
-
-
-def identity(job: Job) -> dict[str, Any]:
-    """What the position of a run, its count of steps, refers to."""
-    config = job.setup.config
-    return {
-        "model.data.train": job.setup.train.dataset.fingerprint,
-        "model.global_batch_size": config.model.global_batch_size,
-        "trainer.seed": config.trainer.seed,
-    }
-
-
-def _check_same_run(path: Path, job: Job) -> None:
-    saved = json.loads((path / IDENTITY_FILE).read_text(encoding="utf-8"))
-    for key, value in identity(job).items():
-        if saved.get(key) != value:
-            raise CheckpointError(
-                f"{path} was saved with another {key} ({saved.get(key)}, now {value}), so its steps are not this "
-                "run's; set it back, or start anew in another folder"
-            )

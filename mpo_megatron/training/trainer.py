@@ -20,10 +20,11 @@ from mpo_megatron.training.checkpoint import all_checkpoints, folder_of
 from mpo_megatron.training.data_parallel import current_models
 from mpo_megatron.training.experiment import CHECKPOINTS
 from mpo_megatron.training.guard import NotFinite
-from mpo_megatron.training.job import IDENTITY_FILE, Job, build_job, identity, resume, start_masters
+from mpo_megatron.training.job import Job, build_job, start_masters
 from mpo_megatron.training.masters import master_values
 from mpo_megatron.training.profiling import ProfileWindow
 from mpo_megatron.training.report import TrainingBar, before_after, plot_run, progress, say
+from mpo_megatron.training.resume import IDENTITY_FILE, identity, resume
 from mpo_megatron.training.retention import VALIDATION_FILE, remove_superfluous
 from mpo_megatron.training.setup import EXPORT_DTYPES, prepare
 from mpo_megatron.training.skips import Skips

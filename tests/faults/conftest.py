@@ -1,0 +1,28 @@
+"""The data and the ranks of the fault tests."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.test_main_job import write_data
+from tests.faults.forks import Forks, forks
+from tests.helpers.models import make_llama
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A small model, groups, and a folder for caches."""
+    folder = tmp_path_factory.mktemp("inputs")
+    return {
+        "model": make_llama(folder / "model", max_position_embeddings=512, num_hidden_layers=2),
+        "train": write_data(folder / "train.jsonl", 40, 0),
+        "cache": folder / "cache",
+    }
+
+
+@pytest.fixture(scope="session")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """What starts jobs in a moment."""
+    with forks(tmp_path_factory.mktemp("forks")) as found:
+        yield found
