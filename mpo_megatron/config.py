@@ -53,6 +53,8 @@ class TrainerConfig:
     num_nodes: int = 1  # with `devices`, a check: torchrun says how many there are
     devices: int | None = None  # ranks on each node; null: as many as torchrun started
     distributed_timeout_minutes: int = 30  # after which a collective that waits for a rank counts as hung
+    # After which a rank that gives no sign of life, of which each gives one every two seconds, ends all; 0: never.
+    heartbeat_timeout_minutes: float = 5.0
     accelerator: str = "auto"  # auto (the GPU where there is one) | gpu | cpu
     precision: int | str = "bf16"  # bf16 | 32
     seed: int = 1234  # of the order of the groups, and of drawn masters
@@ -429,7 +431,9 @@ def _check(config: Config) -> None:
         "num_nodes", "max_epochs", "log_every_n_steps", "distributed_timeout_minutes", "max_skipped_steps"
     ):  # fmt: skip
         _at_least(f"trainer.{name}", getattr(trainer, name), 1)
-    for name in ("val_check_interval", "save_interval", "gradient_clip_val", "watch_window"):
+    for name in (
+        "val_check_interval", "save_interval", "gradient_clip_val", "watch_window", "heartbeat_timeout_minutes"
+    ):  # fmt: skip
         _at_least(f"trainer.{name}", getattr(trainer, name), 0)
     if trainer.max_steps != -1:
         _at_least("trainer.max_steps", trainer.max_steps, 1)

@@ -10,6 +10,7 @@ import pickle
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,20 @@ from mpo_megatron.errors import ConfigError, UserError
 
 LATEST = datetime.timedelta(minutes=15)  # after the first rank, for the last one to have started
 _SHOWN = 4  # ranks that a message names
+
+
+def find_store(timeout: datetime.timedelta) -> tuple[Any, int, int]:
+    """(the store of all ranks, this rank, how many there are), as torchrun's environment says.
+
+    With `--max-restarts` the agent of a job on one node has one store for all starts (torch 2.13): what the ranks of a
+    start have left there would be taken for that of the next.
+    """
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    # Agents of several nodes count each their own, and agree on a new store.
+    if restarts != "0" and os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store = dist.PrefixStore(f"restart-{restarts}", store)
+    return store, rank, world_size
 
 
 def meet(
@@ -124,5 +139,5 @@ def starting_together() -> Iterator[None]:
 def _bring(error: UserError) -> None:
     """Meet the other ranks, if there are any, with an error."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        store, rank, world_size = next(rendezvous("env://", timeout=LATEST))
+        store, rank, world_size = find_store(LATEST)
         meet(error, store, rank, world_size)

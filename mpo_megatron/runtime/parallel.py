@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 from mpo_megatron.errors import ConfigError, UserError
-from mpo_megatron.runtime.meeting import meet
+from mpo_megatron.runtime.meeting import find_store, meet
 
 
 @dataclass(frozen=True)
@@ -149,7 +148,7 @@ def initialize(
 
 def _start(device: torch.device, timeout: datetime.timedelta) -> None:
     """Find the other ranks, agree with them on the device, and start the default group on it."""
-    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    store, rank, world_size = find_store(timeout)
     meet(device, store, rank, world_size)
     on_gpu = device.type == "cuda"
     dist.init_process_group(

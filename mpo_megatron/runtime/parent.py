@@ -49,8 +49,9 @@ def end_with_launcher() -> None:
     def watch() -> None:
         while os.getppid() == launcher:
             time.sleep(_POLL_SECONDS)
+        # A progress bar may have begun the line.
         print(
-            f"error: torchrun (process {launcher}) has ended on {socket.gethostname()}, and so does its rank {rank}; "
+            f"\nerror: torchrun (process {launcher}) has ended on {socket.gethostname()}, and so does its rank {rank}; "
             "the same command goes on from the newest checkpoint with exp_manager.resume_if_exists=true",
             file=sys.stderr,
             flush=True,

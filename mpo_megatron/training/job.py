@@ -35,6 +35,7 @@ from mpo_megatron.training.reference import reference_logps
 from mpo_megatron.training.reference_cache import reference_cache
 from mpo_megatron.training.report import progress, say
 from mpo_megatron.training.setup import Setup, Split
+from mpo_megatron.training.stop import Stop
 from mpo_megatron.training.throughput import Throughput, expectation, measure
 
 
@@ -54,6 +55,7 @@ class Job:
     writer: CheckpointWriter
     times: RankTimes
     exports: BackgroundExports = field(default_factory=BackgroundExports)  # used on rank 0
+    stop: Stop = field(default_factory=Stop)
     # Names a part of a step for a profiler; see `profiling`.
     mark: Callable[[str], AbstractContextManager[Any]] = nullcontext
 

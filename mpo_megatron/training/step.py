@@ -32,6 +32,7 @@ from mpo_megatron.scheduling.pack import PackedRow
 from mpo_megatron.scheduling.rows import SplitGroups, StepRows
 from mpo_megatron.training.guard import check_step, squared_norm
 from mpo_megatron.training.rank_times import RankTimes
+from mpo_megatron.training.stop import Stop
 
 # What a row gives: from the last stage's output [1, R, 1], (loss to differentiate, count, values to keep).
 RowLoss = Callable[[PackedRow, Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
@@ -212,11 +213,13 @@ def objective_pass(
     *,
     forward_only: bool,
     times: RankTimes | None = None,
+    stop: Stop | None = None,
 ) -> dict[str, float]:
     """Forward (and backward) of a whole step; gradients stay in the parameters' main_grad. Every rank calls it.
 
     Args:
         times: of training steps, what measures the ranks.
+        stop: of training steps, this rank's request to end the run, which becomes that of all.
 
     Returns:
         Mean of each of METRICS over the global step's groups, the same on all ranks; from the second step on with what
@@ -236,7 +239,12 @@ def objective_pass(
         seconds = None if times is None else times.begin()
         kept = run_schedule(chunks, step, row_loss, forward_only=False)
         squares = squared_norm(chunks)
-    means, of_ranks, total = _means_and_seconds(kept, split, step, layout, seconds or 0.0, squares)
+    wanted = stop is not None and stop.requested
+    means, of_ranks, total, stops = _means_and_more(
+        kept, split, step, layout, seconds or 0.0, squares, wanted
+    )
+    if stop is not None:
+        stop.agreed = stops > 0
     if squares is not None:
         rows = zip(kept, step.rows, strict=False) if layout.speaks_for_replica else ()
         losses = [(values["sums"], row.response_ids) for values, row in rows if "sums" in values]
@@ -253,22 +261,23 @@ def mean_metrics(
         kept: what the schedule returned with `objective_loss`.
         split: what `first_pass` returned.
     """
-    means, _, _ = _means_and_seconds(kept, split, step, layout, 0.0, None)
-    return means
+    return _means_and_more(kept, split, step, layout, 0.0, None, False)[0]
 
 
-def _means_and_seconds(
+def _means_and_more(
     kept: list[dict[str, Tensor]],
     split: SplitLoss | None,
     step: StepRows,
     layout: ParallelLayout,
     seconds: float,
     squares: Tensor | None,
-) -> tuple[dict[str, float], list[float], float]:
-    """(`mean_metrics`, `seconds` of every rank, the sum of all ranks' `squares`)."""
+    stop: bool,
+) -> tuple[dict[str, float], list[float], float, float]:
+    """(`mean_metrics`, `seconds` of every rank, the sum of all ranks' `squares`, how many of them want to `stop`)."""
     count = len(METRICS)
-    sums = torch.zeros(count + 1 + layout.world_size, dtype=torch.float64, device=layout.device)
-    metrics, squared, of_ranks = sums[:count], sums[count], sums[count + 1 :]
+    sums = torch.zeros(count + 2 + layout.world_size, dtype=torch.float64, device=layout.device)
+    metrics, squared, of_ranks = sums[:count], sums[count], sums[count + 2 :]
+    sums[count + 1].fill_(float(stop))
     of_ranks[layout.rank].fill_(seconds)
     if squares is not None:
         squared += squares
@@ -281,4 +290,4 @@ def _means_and_seconds(
     dist.all_reduce(sums)
     found = sums.tolist()
     means = {name: total / max(step.groups, 1) for name, total in zip(METRICS, found, strict=False)}
-    return means, found[count + 1 :], found[count]
+    return means, found[count + 2 :], found[count], found[count + 1]

@@ -1,8 +1,10 @@
 """The job, top-down: prepare, build, steps with validation and checkpoints, export, closing table."""
 
 import json
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -15,6 +17,7 @@ from mpo_megatron.conversion.export import export_hf
 from mpo_megatron.errors import UserError
 from mpo_megatron.runtime.parallel import shutdown
 from mpo_megatron.runtime.parent import end_forks_with_this_process
+from mpo_megatron.runtime.pulse import Pulse, start_pulse
 from mpo_megatron.scheduling.rows import StepRows
 from mpo_megatron.training.checkpoint import all_checkpoints, folder_of
 from mpo_megatron.training.data_parallel import current_models
@@ -39,34 +42,65 @@ def train(config: Config) -> None:
         UserError: configuration, data, machine or checkpoint are not as they must be.
     """
     end_forks_with_this_process()
-    job = None
+    job, pulse = None, None
     try:
         setup = prepare(config)
+        pulse = start_pulse(setup.layout, config.trainer.heartbeat_timeout_minutes)
         job = build_job(setup)
         start = resume(job)
         if start == 0:
             start_masters(job)
             validate(job, 0)
-        run_steps(job, start)
-        finish(job)
+        if (stopped := run_steps(job, start)) is None:
+            finish(job)
+        else:
+            leave(job, stopped)
     except UserError:
         # On all ranks alike; after any other error, ending the groups could wait for ranks inside one.
         if job is not None:
             complete_save(job, wait=True)
-        shutdown()
+        end(pulse)
         raise
+    except Exception as error:
+        lost = {} if pulse is None else pulse.silent()
+        if not lost:
+            raise
+        raise lost_rank(lost, error, setup.layout.rank) from error
+    end(pulse)
+
+
+def end(pulse: Pulse | None) -> None:
+    """End the signs of life and the groups, where all ranks have come to it."""
+    if pulse is not None:
+        pulse.close()
     shutdown()
 
 
-def run_steps(job: Job, start: int) -> None:
-    """Train from step `start` to the end, with validations and checkpoints in between."""
+def lost_rank(lost: Mapping[int, str], error: Exception, rank: int) -> UserError:
+    """What to say where ranks have gone without a word; said here where rank 0, which says errors, is among them."""
+    sentence = UserError(
+        f"{', '.join(lost.values())} has ended or hangs ({' '.join(str(error).split())[:200]}); look at that node's "
+        "log, and start the same command again with exp_manager.resume_if_exists=true"
+    )
+    if 0 in lost and rank == 1:
+        print(f"\nerror: {sentence}", file=sys.stderr, flush=True)
+    return sentence
+
+
+def run_steps(job: Job, start: int) -> int | None:
+    """Train from step `start` to the end, with validations and checkpoints in between.
+
+    Returns:
+        The step after which SIGTERM has ended it before; None: it is at its end.
+    """
     trainer = job.setup.config.trainer
     val_every = trainer.val_check_interval
     if 0 < val_every < 1:
         val_every = max(1, round(val_every * job.setup.steps_per_epoch))
-    bar = TrainingBar(job.total_steps, start, shown=job.is_main)
     skips, watch = Skips(job), Watch(trainer.watch_window)
-    with job.setup.train.source.steps(job.setup.train.steps[start:]) as steps, ProfileWindow(job) as window:
+    source = job.setup.train.source.steps(job.setup.train.steps[start:])
+    training_bar = closing(TrainingBar(job.total_steps, start, shown=job.is_main))
+    with training_bar as bar, source as steps, ProfileWindow(job) as window, job.stop.listening():
         for step in range(start + 1, job.total_steps + 1):
             with window.step(step):
                 values = guarded_step(job, step, steps, skips)
@@ -87,9 +121,40 @@ def run_steps(job: Job, start: int) -> None:
             is_compared = saves and trainer.checkpoint.save_top_k != -1
             if last or is_compared or (val_every and step % int(val_every) == 0):
                 metrics = validate(job, step)
-            if saves:
+            stops = job.stop.agreed and not last
+            if saves or (stops and saves_any(job)):
                 save(job, step, metrics)
-    bar.close()
+            if stops:
+                return step
+    return None
+
+
+def saves_any(job: Job) -> bool:
+    """Whether the run is to leave checkpoints."""
+    trainer = job.setup.config.trainer
+    return bool(trainer.save_at_end or trainer.save_interval)
+
+
+def leave(job: Job, step: int) -> None:
+    """End a run after `step`, before its last one, and say how to go on."""
+    complete_save(job, wait=True)
+    job.writer.close()
+    if job.experiment is None:
+        return
+    job.experiment.close()
+    job.exports.wait()
+    thin_out(job)
+    line = f"SIGTERM has ended the run after step {step} of {job.total_steps}"
+    if not saves_any(job):
+        say(f"{line}; no state is saved, as configured")
+        return
+    how = "the same command goes on there"
+    if not job.setup.config.exp_manager.get("resume_if_exists"):
+        how = (
+            "the same command goes on there with exp_manager.resume_if_exists=true "
+            f"exp_manager.explicit_log_dir={job.folder}"
+        )
+    say(f"{line}; its state is in {folder_of(job.folder / CHECKPOINTS, step)}, and {how}")
 
 
 def guarded_step(job: Job, step: int, steps: Iterator[StepRows], skips: Skips) -> dict[str, float] | None:
@@ -113,11 +178,11 @@ def give_up(job: Job, step: int, skips: Skips) -> NoReturn:
     Raises:
         UserError: always; on all ranks.
     """
-    first, trainer = step - skips.in_a_row + 1, job.setup.config.trainer
+    first = step - skips.in_a_row + 1
     way_back = "nothing was trained before them"
     if first > 1:
         way_back = "no state is saved, as configured"
-        if trainer.save_at_end or trainer.save_interval:
+        if saves_any(job):
             # The weights are those of then; so is the rate that a run which resumes there goes on with.
             job.schedule.step(-skips.in_a_row)
             save(job, first - 1, {})
@@ -144,8 +209,9 @@ def train_step(job: Job, step: int, steps: Iterator[StepRows]) -> dict[str, floa
     job.optimizer.zero_grad()
     references = job.references["train"]
     values = objective_pass(
-        job.chunks, rows, setup.objective, references, setup.layout, forward_only=False, times=job.times
-    )
+        job.chunks, rows, setup.objective, references, setup.layout, forward_only=False,
+        times=job.times, stop=job.stop,
+    )  # fmt: skip
     values["lr"] = job.optimizer.param_groups[0]["lr"]
     before = None if job.sample is None else job.sample.values()
     with job.mark("optimizer"):

@@ -134,6 +134,7 @@ def test_sequence_parallelism_comes_with_tensor_parallelism() -> None:
             "exp_manager.checkpoint_callback_params.save_top_k=3",
             "set trainer.save_interval, and trainer.checkpoint.save_top_k, .monitor and .mode",
         ),
+        ("trainer.heartbeat_timeout_minutes=-1", "trainer.heartbeat_timeout_minutes=-1.0 must be 0 or more"),
         ("model.data.prefetch_factor=-1", "model.data.prefetch_factor=-1 must be 0 or more"),
         ("model.profile.start_step=0", "model.profile.start_step=0 must be 1 or more"),
         ("model.nsys_profile.end_step=9", "model.nsys_profile.end_step=9 must be 10 or more"),
