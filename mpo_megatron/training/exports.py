@@ -22,9 +22,14 @@ class _Export:
 
 
 class BackgroundExports:
-    """The exports of a run, on the rank that starts them."""
+    """The exports of a run, on the rank that starts them.
+
+    Attributes:
+        begun: the checkpoints of all, also of those that have ended.
+    """
 
     def __init__(self) -> None:
+        self.begun: set[Path] = set()
         self._running: list[_Export] = []
 
     def start(self, checkpoint: Path, output: Path, dtype: torch.dtype | None) -> None:
@@ -39,6 +44,7 @@ class BackgroundExports:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
+        self.begun.add(checkpoint)
         self._running.append(_Export(checkpoint, output, process))
 
     def reading(self) -> list[Path]:

@@ -240,7 +240,7 @@ def objective_pass(
         kept = run_schedule(chunks, step, row_loss, forward_only=False)
         squares = squared_norm(chunks)
     wanted = stop is not None and stop.requested
-    means, of_ranks, total, stops = _means_and_more(
+    means, of_ranks, total, stops = _means_and_seconds(
         kept, split, step, layout, seconds or 0.0, squares, wanted
     )
     if stop is not None:
@@ -261,10 +261,10 @@ def mean_metrics(
         kept: what the schedule returned with `objective_loss`.
         split: what `first_pass` returned.
     """
-    return _means_and_more(kept, split, step, layout, 0.0, None, False)[0]
+    return _means_and_seconds(kept, split, step, layout, 0.0, None, False)[0]
 
 
-def _means_and_more(
+def _means_and_seconds(
     kept: list[dict[str, Tensor]],
     split: SplitLoss | None,
     step: StepRows,

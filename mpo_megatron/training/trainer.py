@@ -48,6 +48,7 @@ def train(config: Config) -> None:
         pulse = start_pulse(setup.layout, config.trainer.heartbeat_timeout_minutes)
         job = build_job(setup)
         start = resume(job)
+        export_missing(job)
         if start == 0:
             start_masters(job)
             validate(job, 0)
@@ -279,10 +280,23 @@ def complete_save(job: Job, *, wait: bool) -> None:
     if path is None or not job.is_main:
         return
     say(f"checkpoint in {path}")
-    if job.setup.config.model.export_at_save:
-        dtype = EXPORT_DTYPES[job.setup.config.model.export_dtype]
-        job.exports.start(path, job.folder / "exports" / path.name, dtype)
+    export_missing(job)
     thin_out(job)
+
+
+def export_missing(job: Job) -> None:
+    """Begin to export what has been saved and not exported: the newest, and those whose export was killed.
+
+    One that another start of the run has begun, and that goes on, is made twice.
+    """
+    model = job.setup.config.model
+    if not (model.export_at_save and job.is_main):
+        return
+    begun = job.exports.begun
+    for path in all_checkpoints(job.folder / CHECKPOINTS).values():
+        output = job.folder / "exports" / path.name
+        if path not in begun and not output.exists():
+            job.exports.start(path, output, EXPORT_DTYPES[model.export_dtype])
 
 
 def thin_out(job: Job) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.test_main_job import write_data
 from tests.faults.forks import Forks, forks
+from tests.helpers.main_job import write_data
 from tests.helpers.models import make_llama
 
 

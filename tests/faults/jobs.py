@@ -15,7 +15,7 @@ from mpo_megatron.training.checkpoint import all_checkpoints
 from tests.faults.forks import Job
 
 # A start, and some steps, on a loaded machine of two cores.
-LIMIT = 120.0
+LIMIT = 240.0
 
 
 def command(inputs: dict[str, Path], folder: Path, *more: str) -> list[str]:

@@ -1,6 +1,7 @@
 """Faults of every other kind, for real: each costs some steps at most, is said in one sentence, and damages nothing."""
 
 import itertools
+import json
 import math
 import os
 import re
@@ -8,7 +9,9 @@ import shutil
 import signal
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,8 @@ import psutil
 import pytest
 import torch
 
+from mpo_megatron.config import FaultConfig
 from mpo_megatron.training.checkpoint import folder_of
-from tests.distributed.test_main_job import exact, metrics
 from tests.faults.forks import Forks, Job
 from tests.faults.jobs import (
     LIMIT,
@@ -31,6 +34,8 @@ from tests.faults.jobs import (
     wait_until,
 )
 from tests.helpers.agents import ENVIRONMENT, free_port, job, torchrun
+from tests.helpers.main_job import exact, metrics
+from tests.unit.data.test_faults import LINES
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -289,6 +294,48 @@ def test_a_nan_in_one_ranks_gradient_costs_that_step(
     assert [line["step"] for line in metrics(tmp_path)] == [step for step in range(1, STEPS + 1) if step != 4]
     assert all(values.isfinite().all() for values in parameters(tmp_path).values())
     tell("NaN in one rank's gradient", 1)
+
+
+def test_an_export_that_was_killed_is_made_again(
+    inputs: dict[str, Path], started: Forks, tmp_path: Path
+) -> None:
+    """A run at its end waits for its exports; it and they are killed while the first one writes."""
+    both = command(inputs, tmp_path, "trainer.max_steps=6", "model.export_at_save=true")
+    run = started.start(2, both)
+    wait_until(lambda: list(tmp_path.glob("exports/.step_*")), run)
+    for process in started.left():
+        process.kill()
+    assert run.wait(20)
+    before = {path.name for path in (tmp_path / "exports").iterdir()}
+    assert before != {"step_0000003", "step_0000006"}
+    finish(started.start(2, both))
+    assert {path.name for path in (tmp_path / "exports").iterdir()} == {"step_0000003", "step_0000006"}
+    assert check_whole(tmp_path) == 6
+    tell("an export killed", 0)
+
+
+def test_faulty_data_that_are_skipped_leave_the_run_on_the_others(
+    inputs: dict[str, Path], unbroken: Path, started: Forks, tmp_path: Path
+) -> None:
+    """Each fault of the data, and a line of 100 MB, among whole groups: the run is that on whole groups alone."""
+    # The model's chat template refuses nothing.
+    faulty = {name: case for name, case in LINES.items() if case[0] != "template"}
+    lines = [
+        content.replace(b'"id": "x"', b'"id": "x%d"' % n) for n, (_, content, _) in enumerate(faulty.values())
+    ]
+    first, *others = inputs["train"].read_bytes().splitlines()
+    train = tmp_path / "train.jsonl"
+    huge = b'{"id": "huge", "prompt": "' + b"x" * 100_000_000 + b'"}'
+    train.write_bytes(b"\n".join([first, *lines[:9], *others[:7], huge, *lines[9:], *others[7:], b""]))
+    policy = [f"model.data.faults.{fault.name}=skip" for fault in fields(FaultConfig)]
+    longest = ["model.data.max_prompt_length=64", "model.data.truncation=skip"]
+    folder = tmp_path / "run"
+    run = started.start(2, arguments(inputs | {"train": train}, folder, *policy, *longest))
+    finish(run)
+    noted = [json.loads(text)["fault"] for text in (folder / "skipped_train.jsonl").read_text().splitlines()]
+    assert Counter(noted) == Counter([*(fault for fault, _, _ in faulty.values()), "unreadable"])
+    assert_same_bits(folder, unbroken)
+    tell(f"{len(noted)} records at fault, of {len(set(noted))} kinds", 0)
 
 
 @pytest.mark.parametrize("killed", [1, 0])

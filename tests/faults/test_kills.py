@@ -22,7 +22,6 @@ import psutil
 import pytest
 import torch
 
-from tests.distributed.test_main_job import exact
 from tests.faults.forks import Forks, Job
 from tests.faults.jobs import (
     LIMIT,
@@ -35,6 +34,7 @@ from tests.faults.jobs import (
     parameters,
     wait_until,
 )
+from tests.helpers.main_job import exact
 
 KILLS = int(os.environ.get("MPO_KILLS", "30"))
 SEED = int(os.environ.get("MPO_KILLS_SEED", "0"))
