@@ -136,7 +136,7 @@ class WeightReader:
                 raise CheckpointError(
                     f"{path} names {file}, which is outside the folder; copy the shard into the folder and name that"
                 )
-            if not (self.folder / file).is_file():
+            if not _is_file(self.folder / file):
                 raise CheckpointError(
                     f"{self.folder / file} is missing, though {INDEX} names it; copy or download the shard"
                 )
@@ -196,6 +196,14 @@ class WeightReader:
         """
         handles = {file: self._open(file) for file in {self._tensors[name].file for name in names}}
         return [handles[self._tensors[name].file].get_slice(name) for name in names]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    # No file has such a name.
+    except (OSError, ValueError):
+        return False
 
 
 def _is_lfs_pointer(path: Path) -> bool:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpo_megatron.errors import ConfigError
+from mpo_megatron.errors import ConfigError, UserError
 from mpo_megatron.model.stages import check_stages
 from mpo_megatron.scheduling.plan import CostModel
 
@@ -172,7 +172,62 @@ def _read_config(source: Path, file: Path) -> Any:
 
 
 def architecture_of(config: Any, where: str = "config") -> Architecture:
-    """The Architecture of a transformers config object; `where` names it in errors."""
+    """The Architecture of a transformers config object; `where` names it in errors.
+
+    Raises:
+        ConfigError: a family or a feature that is not supported, or values that make no model.
+    """
+    try:
+        found = _architecture_of(config, where)
+    except UserError:
+        raise
+    except Exception as error:  # whatever transformers' formulas make of values of other types
+        raise ConfigError(
+            f"{where}: the values in config.json make no model ({type(error).__name__}: {error})"
+        ) from error
+    _check_values(found, where)
+    return found
+
+
+def _check_values(found: Architecture, where: str) -> None:
+    sizes = {
+        "num_hidden_layers": found.num_layers,
+        "hidden_size": found.hidden_size,
+        "intermediate_size": found.ffn_hidden_size,
+        "num_attention_heads": found.num_heads,
+        "num_key_value_heads": found.num_kv_heads,
+        "head_dim": found.head_dim,
+        "vocab_size": found.vocab_size,
+        "max_position_embeddings": found.max_positions,
+    }
+    if found.experts is not None:
+        sizes |= {"num_experts": found.experts.number, "num_experts_per_tok": found.experts.per_token}
+    for name, value in sizes.items():
+        if type(value) is not int or value < 1:
+            raise ConfigError(f"{where}: {name}={value!r} in config.json must be a whole number, 1 or more")
+    if found.head_dim % 2:
+        raise ConfigError(
+            f"{where}: head_dim={found.head_dim} in config.json must be even, for rotary embeddings"
+        )
+    if found.num_heads % found.num_kv_heads:
+        raise ConfigError(
+            f"{where}: num_attention_heads={found.num_heads} in config.json must be a multiple of "
+            f"num_key_value_heads={found.num_kv_heads}"
+        )
+    if type(found.norm_epsilon) not in (int, float) or not 0 <= found.norm_epsilon < math.inf:
+        raise ConfigError(
+            f"{where}: rms_norm_eps={found.norm_epsilon!r} in config.json must be a number, 0 or more"
+        )
+    window = found.sliding_window
+    if window is not None and (type(window) is not int or window < 1):
+        raise ConfigError(
+            f"{where}: sliding_window={window!r} in config.json must be a whole number, 1 or more"
+        )
+    if not all(math.isfinite(value) for value in (*found.inverse_frequencies, found.attention_factor)):
+        raise ConfigError(f"{where}: the rotary embedding of config.json has frequencies that are not finite")
+
+
+def _architecture_of(config: Any, where: str) -> Architecture:
     family = config.model_type
     if family not in FAMILIES:
         raise ConfigError(

@@ -1,6 +1,7 @@
 """Folders that appear under their name when they are complete, or not at all."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -80,6 +81,10 @@ def _sync(folder: Path) -> None:
     opened = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(opened)
+    except OSError as error:
+        # Of storage that syncs files alone.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
     finally:
         os.close(opened)
 
