@@ -4,6 +4,7 @@ Megatron-core keeps its groups in `parallel_state`; code here reads them through
 needs show in its arguments.
 """
 
+import contextlib
 import datetime
 import os
 from collections.abc import Iterator, Mapping
@@ -12,9 +13,12 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 
 from mpo_megatron.errors import ConfigError, UserError
 from mpo_megatron.runtime.meeting import find_store, meet
+
+_LATEST_TO_LEAVE = datetime.timedelta(seconds=20)
 
 
 @dataclass(frozen=True)
@@ -205,9 +209,19 @@ def raising_together(layout: ParallelLayout) -> Iterator[None]:
 
 
 def shutdown() -> None:
-    """End Megatron's groups and torch.distributed; safe to call when neither was started."""
+    """End Megatron's groups and torch.distributed; safe to call when neither was started.
+
+    A rank whose part of the last collective is done waits for the others to come here: they may still be receiving, and
+    would take its closed connection for an error. Of ranks that do not come, it waits for some seconds.
+    """
     from megatron.core import parallel_state
 
+    if dist.is_initialized():
+        store = _get_default_store()
+        # Who keeps the store may have left, and then all have come.
+        with contextlib.suppress(dist.DistError):
+            store.set(f"leaving/{dist.get_rank()}", "1")
+            store.wait([f"leaving/{rank}" for rank in range(dist.get_world_size())], _LATEST_TO_LEAVE)
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():

@@ -162,7 +162,7 @@ def test_a_run_without_a_whole_checkpoint_ends_in_one_sentence(
     run = started.start(2, arguments(inputs, copied))
     assert run.wait(LIMIT)
     assert run.ends == {0: 1, 1: 1}
-    (error,) = errors(run)
+    (error,) = errors(run) or [run.output(0)]
     assert f"none of the 4 checkpoints in {copied / 'checkpoints'} is whole (of the newest: " in error
     assert sorted((copied / "checkpoints").iterdir()) == before
     assert "Traceback" not in run.output(0) + run.output(1)
