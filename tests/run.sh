@@ -6,6 +6,7 @@
 #   bash tests/run.sh                        everything
 #   bash tests/run.sh -m "not slow"          without the slow tests
 #   bash tests/run.sh tests/unit -k plan     some tests
+#   bash tests/run.sh -n 0                   in one process; by default in two, as ranks wait much of their time
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -14,7 +15,7 @@ cd "$root"
 setup_arguments=()
 case ${1:-} in
     -h | --help)
-        sed -n '2,9{/^#/!d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
+        sed -n '2,10{/^#/!d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
         exit 0
         ;;
     --python)
@@ -52,4 +53,5 @@ begin "types (mypy)"
 "$python" -m mypy
 
 begin "tests (pytest)"
-"$python" -m pytest "$@"
+# File by file, so that what a module shares is made once, and in order: the long files come first.
+"$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import AutoTokenizer
 from mpo_megatron.data import Selection, TokenizeOptions, build_dataset
 from tests.helpers.main_job import arguments, job, make_inputs, metrics
 from tests.helpers.models import hugging_face_logps
+from tests.helpers.warm import WarmPython
 from tools import compare_objectives
 
 VALIDATION_STEPS, BATCH = 3, 2
@@ -139,12 +141,16 @@ def test_groups_that_say_nothing_cannot_be_kept(inputs: dict[str, Path], ranks: 
 @pytest.mark.timeout(600)
 def test_the_command(
     inputs: dict[str, Path],
+    warm_python: WarmPython,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Two members that train on the same groups and one that the job refuses; then again, and what changed is said."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(warm_python.python))
+    for name, value in warm_python.environment.items():
+        monkeypatch.setenv(name, value)
     content = {
         "seeds": [7],
         "common": [f"model.restore_from_path={inputs['model']}", f"model.data.train={inputs['train']}",

@@ -4,8 +4,6 @@ A page's blocks run in order, each in a shell of its own. What they name, such a
 """
 
 import json
-import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from tests.helpers.agents import run_all
 from tests.helpers.main_job import metrics, write_data
 from tests.helpers.models import make_llama
 from tests.helpers.pages import DOCS, ROOT, blocks, pages, rows
+from tests.helpers.warm import WarmPython
 
 LIMIT = 240
 # docs/launch.md needs several agents and Slurm.
@@ -63,23 +62,23 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
 
 
-def run_page(page: Path, settings: dict[str, str], folder: Path) -> list[str]:
+def run_page(page: Path, settings: dict[str, str], folder: Path, python: WarmPython) -> list[str]:
     """Run a page's bash blocks; what each has printed."""
     outputs = []
-    environment = {**settings, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     for block in blocks(page, "bash"):
-        assignments = [f"{name}={value}" for name, value in environment.items()]
-        command = ["env", *assignments, "bash", "-euo", "pipefail", "-c", f"cd {ROOT}\n{block.text}"]
-        (ended,) = run_all([command], LIMIT, folder)
+        command = ["bash", "-euo", "pipefail", "-c", f"cd {ROOT}\n{block.text}"]
+        (ended,) = run_all([command], LIMIT, folder, {**settings, **python.environment})
         assert ended.status == 0, f"{page.name}:\n{block.text}\n{ended.output[-3000:]}"
         outputs.append(ended.output)
     return outputs
 
 
 @pytest.fixture(scope="module")
-def first_run(settings: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def first_run(
+    settings: dict[str, str], warm_python: WarmPython, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The folder of the run that docs/first-run.md makes; other pages read it."""
-    outputs = run_page(DOCS / "first-run.md", settings, tmp_path_factory.mktemp("first"))
+    outputs = run_page(DOCS / "first-run.md", settings, tmp_path_factory.mktemp("first"), warm_python)
     told = [line for output in outputs for line in output.splitlines()]
     # The lines that the page explains.
     for name in (
@@ -129,9 +128,9 @@ def test_the_page_has_every_metric(first_run: Path) -> None:
     "page", [page for page in PAGES if page.stem != "first-run"], ids=lambda page: page.stem
 )
 def test_the_commands_of_a_page(
-    page: Path, first_run: Path, settings: dict[str, str], tmp_path: Path
+    page: Path, first_run: Path, settings: dict[str, str], warm_python: WarmPython, tmp_path: Path
 ) -> None:
-    outputs = run_page(page, settings, tmp_path)
+    outputs = run_page(page, settings, tmp_path, warm_python)
     if page.stem == "extending":
         hinge = metrics(Path(f"{settings['RUN']}.hinge"))
         assert [line["step"] for line in hinge] == [1, 2, 3]
@@ -148,12 +147,11 @@ def test_the_commands_of_a_page(
         assert outputs[0].startswith("step 0: margin +0.0000, accuracy 50.0%\n")
 
 
-def test_ranks_become_scores(settings: dict[str, str], tmp_path: Path) -> None:
+def test_ranks_become_scores(settings: dict[str, str], warm_python: WarmPython, tmp_path: Path) -> None:
     block = next(block for block in blocks(DOCS / "data.md", "bash") if "$NEMO_RL" in block.text)
     target = tmp_path / "nemo-rl.jsonl"
-    assignments = [f"NEMO_RL={settings['NEMO_RL']}", f"CONVERTED={target}"]
-    path = f"PATH={Path(sys.executable).parent}:{os.environ['PATH']}"
-    (ended,) = run_all([["env", path, *assignments, "bash", "-euc", block.text]], LIMIT, tmp_path)
+    files = {"NEMO_RL": settings["NEMO_RL"], "CONVERTED": str(target)}
+    (ended,) = run_all([["bash", "-euc", block.text]], LIMIT, tmp_path, {**files, **warm_python.environment})
     assert ended.status == 0, ended.output
     (group,) = read_groups(target)
     assert [(response.text, response.score) for response in group.responses] == [("Dog.", -1), ("Red.", 0)]

@@ -13,12 +13,12 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.helpers.agents import ENVIRONMENT, run_all
 from tests.helpers.main_job import metrics
 from tests.helpers.pages import DOCS, blocks
+from tests.helpers.warm import WarmPython
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "slurm.sh"
@@ -116,10 +116,10 @@ def run(environment: dict[str, str], folder: Path, arguments: list[str]) -> tupl
 @pytest.mark.slow
 @pytest.mark.timeout(3 * LIMIT)
 def test_a_killed_rank_ends_the_job_and_the_next_start_goes_on(
-    inputs: dict[str, Path], tmp_path: Path
+    inputs: dict[str, Path], warm_python: WarmPython, tmp_path: Path
 ) -> None:
     """A rank is killed after a checkpoint: the job ends, asks to be started again, and then comes to its end."""
-    environment = cluster(tmp_path)
+    environment = cluster(tmp_path, MPO_PYTHON=str(warm_python.python))
     arguments = overrides(inputs, "trainer.max_steps=60", "trainer.save_interval=10")
     process = start(environment, tmp_path, arguments)
     end = time.monotonic() + LIMIT
@@ -129,7 +129,7 @@ def test_a_killed_rank_ends_the_job_and_the_next_start_goes_on(
         time.sleep(0.05)
     ranks = [
         child
-        for child in psutil.Process(process.pid).children(recursive=True)
+        for child in warm_python.left()
         if "mpo_gpt.py" in " ".join(child.cmdline())
         and "torch.distributed.run" not in " ".join(child.cmdline())
     ]
@@ -154,8 +154,10 @@ def test_a_killed_rank_ends_the_job_and_the_next_start_goes_on(
 
 @pytest.mark.slow
 @pytest.mark.timeout(2 * LIMIT)
-def test_what_would_fail_again_is_not_started_again(inputs: dict[str, Path], tmp_path: Path) -> None:
-    environment = cluster(tmp_path)
+def test_what_would_fail_again_is_not_started_again(
+    inputs: dict[str, Path], warm_python: WarmPython, tmp_path: Path
+) -> None:
+    environment = cluster(tmp_path, MPO_PYTHON=str(warm_python.python))
     status, output = run(environment, tmp_path, overrides(inputs, "model.mpo.bta=1"))
     assert status == 1
     assert "error: unknown key model.mpo.bta; did you mean model.mpo.beta?" in output
@@ -269,7 +271,9 @@ def test_restarts_have_an_end(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(5 * LIMIT)
-def test_the_commands_of_the_page_train_alike(inputs: dict[str, Path], tmp_path: Path) -> None:
+def test_the_commands_of_the_page_train_alike(
+    inputs: dict[str, Path], warm_python: WarmPython, tmp_path: Path
+) -> None:
     """Word for word: on one node with two ranks, on two nodes in two ways, and by sbatch."""
     commands = [block.text for block in blocks(DOCS / "launch.md", "bash")]
     assert len(commands) == 4
@@ -285,20 +289,17 @@ def test_the_commands_of_the_page_train_alike(inputs: dict[str, Path], tmp_path:
                 f"model.data.cache_dir={folder / 'cache'}",
             ]
         environment = {
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            **(cluster(folder) if is_batch else {}),
+            **warm_python.environment,
+            **(cluster(folder, MPO_PYTHON=str(warm_python.python)) if is_batch else {}),
             "RANKS": str(2 // nodes),
             "HEAD": "127.0.0.1",
             "OVERRIDES": " ".join(given),
         }
-        settings = [
-            [f"{name}={value}" for name, value in (environment | {"NODE": str(node)}).items()]
-            for node in range(nodes)
-        ]
         # In the checkout, as the page says.
         ends = run_all(
-            [["env", *setting, "bash", "-euc", f"cd {ROOT}\n{block}"] for setting in settings], LIMIT, folder
-        )
+            [["env", f"NODE={node}", "bash", "-euc", f"cd {ROOT}\n{block}"] for node in range(nodes)],
+            LIMIT, folder, environment,
+        )  # fmt: skip
         assert [ended.status for ended in ends] == [0] * nodes, "\n".join(
             ended.output[-2000:] for ended in ends
         )

@@ -19,7 +19,7 @@ from tests.helpers.main_job import arguments, exact, job, job_killed_after, make
 from tests.helpers.models import make_llama
 
 JOB = ("trainer.precision=bf16", "trainer.accelerator=cpu", "model.transformer_impl=transformer_engine",
-       "model.attention_backend=sdpa", "model.max_tokens_per_micro_batch=128", "trainer.max_steps=6")  # fmt: skip
+       "model.attention_backend=sdpa", "model.max_tokens_per_micro_batch=128", "trainer.max_steps=4")  # fmt: skip
 TP2 = ["model.tensor_model_parallel_size=2"]
 PP2 = ["model.pipeline_model_parallel_size=2"]
 
@@ -94,7 +94,6 @@ def test_bf16_trains_as_local_layers_do(
     [
         ("tensorwise", 1, []),
         ("tensorwise", 4, [*TP2, *PP2]),
-        ("blockwise", 2, []),
         ("blockwise", 2, TP2),
         ("delayed", 1, []),
         ("delayed", 2, PP2),
@@ -144,7 +143,7 @@ def test_fp8_resumes_to_the_last_bit_and_exports(
     )
 
     # The export is in bf16, complete, and that of the checkpoint.
-    export_checkpoint(tmp_path / "broken" / "checkpoints" / "step_0000006", tmp_path / "later")
+    export_checkpoint(tmp_path / "broken" / "checkpoints" / "step_0000004", tmp_path / "later")
     folders = (tmp_path / "straight" / "hf", tmp_path / "broken" / "hf", tmp_path / "later", inputs["model"])
     end, again, later, start = (load_file(folder / "model.safetensors") for folder in folders)
     assert end.keys() == start.keys()

@@ -1,19 +1,22 @@
 """Two torchrun agents, as two nodes have them: the numbers of one, and one sentence where the nodes differ."""
 
+import functools
 import json
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.helpers import main_job
-from tests.helpers.agents import Ended, free_port, job, run_all, torchrun
+from tests.helpers import agents, main_job
+from tests.helpers.agents import Ended, free_port, job, torchrun
 from tests.helpers.main_job import exact
 from tests.helpers.models import make_llama
+from tests.helpers.warm import WarmPython
 
 # None of these runs is to come near it: a hang is what they look for.
 LIMIT = 200
@@ -21,6 +24,13 @@ LIMIT = 200
 OWN_MOUNTS = ["unshare", "--mount", "--map-root-user"]
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+RunAll = Callable[..., list[Ended]]
+
+
+@pytest.fixture(scope="module")
+def run_all(warm_python: WarmPython) -> RunAll:
+    """Commands side by side, see `agents.run_all`."""
+    return functools.partial(agents.run_all, environment=warm_python.environment)
 
 
 def arguments(inputs: dict[str, Path], output: Path, cache: Path, *more: str) -> list[str]:
@@ -38,7 +48,7 @@ def arguments(inputs: dict[str, Path], output: Path, cache: Path, *more: str) ->
     ids=["a-pipeline-over-nodes-own-caches", "replicas-on-nodes-shared-cache"],
 )
 def test_two_nodes_train_as_one(
-    ranks: int, layout: list[str], shared: bool, inputs: dict[str, Path], tmp_path: Path
+    ranks: int, layout: list[str], shared: bool, run_all: RunAll, inputs: dict[str, Path], tmp_path: Path
 ) -> None:
     """Every number of every step, and every weight, to the last bit; each file is written once."""
     one, two = tmp_path / "one", tmp_path / "two"
@@ -81,7 +91,7 @@ def test_two_nodes_train_as_one(
 
 
 def differing(
-    inputs: dict[str, Path], folder: Path, second: list[str], prefix: list[str] | None = None
+    run_all: RunAll, inputs: dict[str, Path], folder: Path, second: list[str], prefix: list[str] | None = None
 ) -> list[Ended]:
     """The ends of two nodes, the second with `second` at the end of its command and `prefix` before it."""
     port = free_port()
@@ -149,9 +159,9 @@ def a_file_for_a_folder(inputs: dict[str, Path], folder: Path) -> str:
     ],
 )
 def test_nodes_that_differ_end_in_one_sentence(
-    second: Any, sentence: str, inputs: dict[str, Path], tmp_path: Path
+    second: Any, sentence: str, run_all: RunAll, inputs: dict[str, Path], tmp_path: Path
 ) -> None:
-    first, other = differing(inputs, tmp_path, [second(inputs, tmp_path)])
+    first, other = differing(run_all, inputs, tmp_path, [second(inputs, tmp_path)])
     assert first.status == other.status == 1
     assert len(first.errors) == 1, first.output[-2000:]
     assert sentence in first.errors[0]
@@ -161,7 +171,9 @@ def test_nodes_that_differ_end_in_one_sentence(
         assert not re.search(r'File ".*/(mpo_megatron|examples)/', output), output[-2000:]
 
 
-def test_a_folder_that_the_nodes_do_not_share(inputs: dict[str, Path], tmp_path: Path) -> None:
+def test_a_folder_that_the_nodes_do_not_share(
+    run_all: RunAll, inputs: dict[str, Path], tmp_path: Path
+) -> None:
     """The second node has a file system of its own at the experiment's place: no checkpoint could be written there."""
     if (
         shutil.which("unshare") is None
@@ -170,7 +182,7 @@ def test_a_folder_that_the_nodes_do_not_share(inputs: dict[str, Path], tmp_path:
         pytest.skip("this machine lets no process have mounts of its own")
     (tmp_path / "run").mkdir()
     own = [*OWN_MOUNTS, "sh", "-c", f'mount -t tmpfs none {tmp_path / "run"} && exec "$@"', "sh"]
-    first, _ = differing(inputs, tmp_path, [], own)
+    first, _ = differing(run_all, inputs, tmp_path, [], own)
     assert first.status == 1
     (error,) = first.errors
     assert "is not there for 1 of 2 ranks, such as rank 1 on " in error

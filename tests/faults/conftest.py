@@ -1,13 +1,13 @@
 """The data and the ranks of the fault tests."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.faults.forks import Forks, forks
+from tests.faults.forks import Forks
 from tests.helpers.main_job import write_data
 from tests.helpers.models import make_llama
+from tests.helpers.warm import WarmPython
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +22,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+def started(warm_python: WarmPython, tmp_path_factory: pytest.TempPathFactory) -> Forks:
     """What starts jobs in a moment."""
-    with forks(tmp_path_factory.mktemp("forks")) as found:
-        yield found
+    return Forks(tmp_path_factory.mktemp("forks"), warm_python)

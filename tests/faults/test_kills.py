@@ -5,8 +5,9 @@ checkpoint is written, and while the model is exported. Each time the same comma
 parameters and the optimizer's state are those of a run that nobody killed: to the last bit at the same layout, within
 1e-5 where each start has another layout.
 
-30 kills a run; a longer mode takes any number, and another seed:
+12 kills a run; a longer mode takes any number, and another seed:
 
+    MPO_KILLS=30 python -m pytest -s tests/faults/test_kills.py
     MPO_KILLS=1000 MPO_KILLS_SEED=7 python -m pytest -s tests/faults/test_kills.py
 """
 
@@ -36,7 +37,7 @@ from tests.faults.jobs import (
 )
 from tests.helpers.main_job import exact
 
-KILLS = int(os.environ.get("MPO_KILLS", "30"))
+KILLS = int(os.environ.get("MPO_KILLS", "12"))
 SEED = int(os.environ.get("MPO_KILLS_SEED", "0"))
 # Of them over other layouts, whose resumes take longer: as many again would not fit the suite's time.
 OTHER = max(1, KILLS * 2 // 5)

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
 }
 
 
@@ -48,15 +49,7 @@ def torchrun(nodes: int, node: int, ranks: int, port: int, *, c10d: bool = False
         port: of the first node, for all.
         c10d: agents find each other and number themselves; else `node` is this one's number.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nnodes",
-        str(nodes),
-        "--nproc-per-node",
-        str(ranks),
-    ]
+    command = ["torchrun", "--nnodes", str(nodes), "--nproc-per-node", str(ranks)]
     if c10d:
         return [
             *command,
@@ -70,8 +63,21 @@ def torchrun(nodes: int, node: int, ranks: int, port: int, *, c10d: bool = False
     return [*command, "--node-rank", str(node), "--master-addr", "127.0.0.1", "--master-port", str(port)]
 
 
-def run_all(commands: Sequence[Sequence[str]], timeout: float, folder: Path) -> list[Ended]:
-    """Run commands side by side in `folder` to their ends. AssertionError if one has not ended in `timeout` seconds."""
+def run_all(
+    commands: Sequence[Sequence[str]],
+    timeout: float,
+    folder: Path,
+    environment: Mapping[str, str] | None = None,
+) -> list[Ended]:
+    """Run commands side by side in `folder` to their ends.
+
+    Args:
+        environment: beside this process's and `ENVIRONMENT`.
+
+    Raises:
+        AssertionError: one has not ended in `timeout` seconds.
+    """
+    found = {**os.environ, **ENVIRONMENT, **(environment or {})}
     logs = [folder / f"process-{number}.log" for number in range(len(commands))]
     processes = []
     for command, log in zip(commands, logs, strict=True):
@@ -79,7 +85,7 @@ def run_all(commands: Sequence[Sequence[str]], timeout: float, folder: Path) -> 
             processes.append(
                 subprocess.Popen(
                     command, stdout=stream, stderr=subprocess.STDOUT, cwd=folder,
-                    env={**os.environ, **ENVIRONMENT}, start_new_session=True,
+                    env=found, start_new_session=True,
                 )
             )  # fmt: skip
     end = time.monotonic() + timeout

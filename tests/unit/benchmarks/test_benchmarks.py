@@ -3,7 +3,7 @@
 import argparse
 import json
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from mpo_megatron.benchmarks.measure import compare, peak_bytes, saved_bytes
 from mpo_megatron.benchmarks.models import small_config
 from mpo_megatron.benchmarks.parts import parts_of
 from mpo_megatron.benchmarks.report import Report, show, to_markdown
+from tests.helpers.warm import WarmPython
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -130,21 +131,32 @@ def test_the_line_of_json_is_last(capsys: pytest.CaptureFixture[str]) -> None:
     assert "| a | b |\n| --- | ---: |\n| x | 1 |" in to_markdown(report)
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "tools/benchmark.py", *arguments],
-        cwd=ROOT, text=True, capture_output=True, check=False,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+Run = Callable[..., subprocess.CompletedProcess[str]]
+Figures = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def run(warm_python: WarmPython) -> Run:
+    """The command, given its arguments."""
+    return lambda *arguments: subprocess.run(
+        ["python", "tools/benchmark.py", *arguments],
+        cwd=ROOT, text=True, capture_output=True, check=False, env=warm_python.environment,
     )  # fmt: skip
 
 
-def figures(*arguments: str) -> dict[str, Any]:
-    result = run(*arguments)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.strip().splitlines()[-1])
+@pytest.fixture(scope="module")
+def figures(run: Run) -> Figures:
+    """The figures of the command's last line."""
+
+    def run_well(*arguments: str) -> dict[str, Any]:
+        result = run(*arguments)
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout.strip().splitlines()[-1])
+
+    return run_well
 
 
-def test_plan() -> None:
+def test_plan(figures: Figures) -> None:
     found = figures("plan", "--quick")
     assert found["fill"] >= 0.97
     assert found["fill_pipeline"] >= 0.95
@@ -152,20 +164,20 @@ def test_plan() -> None:
     assert found["padding_pairs"] > 5 * found["padding"]
 
 
-def test_head_keeps_what_is_allowed(tmp_path: Path) -> None:
+def test_head_keeps_what_is_allowed(figures: Figures, tmp_path: Path) -> None:
     found = figures("head", "--quick", "--repeats", "1", "--markdown", str(tmp_path / "tables.md"))
     assert found["kept_bytes"] <= found["allowed_bytes"] < found["eager_kept_bytes"]
     assert found["peak_bytes"] < found["eager_peak_bytes"]
     assert "| N x V x H |" in (tmp_path / "tables.md").read_text()
 
 
-def test_two_pass_costs_only_what_is_split() -> None:
+def test_two_pass_costs_only_what_is_split(figures: Figures) -> None:
     found = figures("two-pass", "--quick", "--hidden", "64", "--layers", "1", "--vocab", "128")
     assert found["overhead_whole"] == 1.0
     assert found["overhead"] > 1
 
 
-def test_unshared_has_more_to_do_by_the_formula() -> None:
+def test_unshared_has_more_to_do_by_the_formula(figures: Figures) -> None:
     found = figures("unshared", "--quick", "--hidden", "64", "--layers", "1", "--vocab", "128",
                     "--prompt", "48", "--response", "16", "--repeats", "1")  # fmt: skip
     assert (
@@ -174,7 +186,7 @@ def test_unshared_has_more_to_do_by_the_formula() -> None:
     assert found["gain_16"] > 1
 
 
-def test_step_tells_all_of_its_time() -> None:
+def test_step_tells_all_of_its_time(figures: Figures, run: Run) -> None:
     found = figures("step", "--quick", "--repeats", "1")
     shares = {name: value for name, value in found.items() if name.startswith("share_")}
     assert sum(shares.values()) == pytest.approx(1, abs=1e-3)
@@ -188,7 +200,7 @@ def test_step_tells_all_of_its_time() -> None:
     assert "--threads 2: the profiler tells the time of one thread" in run("step", "--threads", "2").stderr
 
 
-def test_attention_counts_the_pairs_that_the_mask_leaves() -> None:
+def test_attention_counts_the_pairs_that_the_mask_leaves(figures: Figures) -> None:
     found = figures("attention", "--quick", "--accelerator", "cpu")
     # Two groups: 8 heads of 64; a prompt of 128, and four responses of 128 that see it and themselves.
     pairs = 2 * (128 * 129 // 2 + 4 * (128 * 128 + 128 * 129 // 2))
@@ -197,7 +209,7 @@ def test_attention_counts_the_pairs_that_the_mask_leaves() -> None:
     assert found["settings"]["on"] == "CPU"
 
 
-def test_mfu_is_of_the_formula_and_the_whole_is_by_the_difference() -> None:
+def test_mfu_is_of_the_formula_and_the_whole_is_by_the_difference(figures: Figures) -> None:
     found = figures(
         "mfu", "--quick", "--repeats", "1", "--accelerator", "cpu", "--layers", "1", "3", "--groups", "1"
     )
@@ -215,7 +227,7 @@ def test_mfu_is_of_the_formula_and_the_whole_is_by_the_difference() -> None:
     assert 0 < found["mfu_3_layers"] <= found["mfu_passes_3_layers"] * 1.5
 
 
-def test_errors_are_sentences() -> None:
+def test_errors_are_sentences(run: Run) -> None:
     absent = run("trl", "--model", "nowhere")
     assert (absent.returncode, absent.stdout) == (1, "")
     assert (
