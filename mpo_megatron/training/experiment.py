@@ -4,7 +4,6 @@ The training loop is ours, so exp_manager gets a bare Lightning trainer: it make
 (TensorBoard, Weights & Biases, MLflow) that the YAML asks for.
 """
 
-import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from omegaconf import OmegaConf
 
 from mpo_megatron.config import Config
 from mpo_megatron.errors import ConfigError
+from mpo_megatron.training.metrics_file import MetricsFile
 
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -25,12 +25,17 @@ _OURS = {"create_checkpoint_callback": False, "create_preemption_callback": Fals
 
 
 class Experiment:
-    """Rank 0's folder and loggers. `log` writes one JSON line to metrics.jsonl and the numbers to every logger."""
+    """Rank 0's folder and loggers. `log` writes one JSON line to metrics.jsonl and the numbers to every logger.
+
+    `history` and `rewind` are those of the `MetricsFile`.
+    """
 
     def __init__(self, folder: Path, loggers: list[Any]) -> None:
         self.folder = folder
         self.loggers = loggers
-        self._lines = (folder / METRICS_FILE).open("a", encoding="utf-8")
+        self._lines = MetricsFile(folder / METRICS_FILE)
+        self.history = self._lines.read
+        self.rewind = self._lines.rewind
 
     def log(self, step: int, split: str, values: dict[str, float]) -> None:
         """Record the values of optimizer step `step` (0: before training); split is `train` or `validation`."""
@@ -40,23 +45,7 @@ class Experiment:
 
     def note(self, step: int, split: str, values: dict[str, Any]) -> None:
         """Record what is no number of a logger: a line of metrics.jsonl alone."""
-        self._lines.write(json.dumps({"step": step, "split": split, **values}) + "\n")
-        self._lines.flush()
-
-    def history(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl so far, those of earlier starts of this run included."""
-        return [
-            json.loads(line) for line in (self.folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()
-        ]
-
-    def rewind(self, step: int) -> None:
-        """Drop the lines after `step`: a run that resumes there writes them again."""
-        kept = [line for line in self.history() if line["step"] <= step]
-        self._lines.close()
-        temporary = self.folder / f"{METRICS_FILE}.tmp"
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        temporary.replace(self.folder / METRICS_FILE)
-        self._lines = (self.folder / METRICS_FILE).open("a", encoding="utf-8")
+        self._lines.append({"step": step, "split": split, **values})
 
     def close(self) -> None:
         """Flush and close the loggers."""

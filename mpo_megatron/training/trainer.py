@@ -21,7 +21,7 @@ from mpo_megatron.runtime.pulse import Pulse, start_pulse
 from mpo_megatron.scheduling.rows import StepRows
 from mpo_megatron.training.checkpoint import all_checkpoints, folder_of
 from mpo_megatron.training.data_parallel import current_models
-from mpo_megatron.training.experiment import CHECKPOINTS
+from mpo_megatron.training.experiment import CHECKPOINTS, Experiment
 from mpo_megatron.training.guard import NotFinite
 from mpo_megatron.training.job import Job, build_job, start_masters
 from mpo_megatron.training.masters import master_values
@@ -136,15 +136,21 @@ def saves_any(job: Job) -> bool:
     return bool(trainer.save_at_end or trainer.save_interval)
 
 
-def leave(job: Job, step: int) -> None:
-    """End a run after `step`, before its last one, and say how to go on."""
+def close(job: Job) -> Experiment | None:
+    """Wait for all that is being written, and tidy up. Returns rank 0's experiment."""
     complete_save(job, wait=True)
     job.writer.close()
-    if job.experiment is None:
+    if job.experiment is not None:
+        job.experiment.close()
+        job.exports.wait()
+        thin_out(job)
+    return job.experiment
+
+
+def leave(job: Job, step: int) -> None:
+    """End a run after `step`, before its last one, and say how to go on."""
+    if close(job) is None:
         return
-    job.experiment.close()
-    job.exports.wait()
-    thin_out(job)
     line = f"SIGTERM has ended the run after step {step} of {job.total_steps}"
     if not saves_any(job):
         say(f"{line}; no state is saved, as configured")
@@ -321,14 +327,9 @@ def finish(job: Job) -> None:
             models, job.setup.architecture, layout,
             source=job.setup.hf_folder, output=target, dtype=dtype, values=values,
         )  # fmt: skip
-    complete_save(job, wait=True)
-    job.writer.close()
-    if job.experiment is None:
+    if (experiment := close(job)) is None:
         return
-    job.experiment.close()
-    job.exports.wait()
-    thin_out(job)
-    history = job.experiment.history()
+    history = experiment.history()
     plot_run(history, job.folder / "training.png")
     validations = [line for line in history if line["split"] == "validation"]
     if len(validations) > 1:

@@ -252,6 +252,48 @@ def disk_filled_at_the_second_save() -> None:
     CheckpointWriter._new_folder = filled  # type: ignore[method-assign]
 
 
+def test_a_file_system_without_room_for_a_line_of_metrics_costs_the_steps_since_the_checkpoint(
+    inputs: dict[str, Path], unbroken: Path, started: Forks, small_disk: Path
+) -> None:
+    """The line that fits in part is taken back, and the run goes on when there is room."""
+    resize(small_disk, 8 * used(folder_of(unbroken / "checkpoints", 3)))
+    folder = small_disk / "run"
+    run = started.start(2, arguments(inputs, folder), "tests.faults.test_faults:disk_filled_at_step_5")
+    run.end(by_itself=60)
+    assert set(run.ends.values()) == {1}, run.output()
+    error, *others = errors(run)
+    assert (
+        f"{folder / 'metrics.jsonl'} cannot be written (No space left on device); make room, then " in error
+    )
+    assert all(other.startswith("error: rank 0") for other in others)
+    assert "Traceback" not in run.output(0) + run.output(1)
+    assert last_step(folder) == 4
+    assert check_whole(folder) == 3
+    (small_disk / "filler").unlink()
+    finish(started.start(2, arguments(inputs, folder)))
+    assert_same_bits(folder, unbroken)
+    assert exact(folder) == exact(unbroken)
+    tell("no room for a line of metrics", 1)
+
+
+def disk_filled_at_step_5() -> None:
+    from mpo_megatron.training.metrics_file import MetricsFile
+
+    append = MetricsFile.append
+
+    def filled(self: MetricsFile, line: dict[str, Any]) -> None:
+        if line["step"] == 5:
+            file = os.open(self._path.parents[1] / "filler", os.O_WRONLY | os.O_CREAT)
+            with contextlib.suppress(OSError):
+                while os.write(file, bytes(4096)):
+                    pass
+            os.close(file)
+            line = {**line, "long": "x" * 8192}  # so that it does not fit into the file's last page
+        append(self, line)
+
+    MetricsFile.append = filled  # type: ignore[method-assign]
+
+
 def test_two_jobs_share_a_cache_folder(inputs: dict[str, Path], started: Forks, tmp_path: Path) -> None:
     """Both find it empty, tokenise and compute the reference at once; then one is killed while it does, and another."""
     fresh = inputs | {"cache": tmp_path / "cache"}

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpo_megatron.data import GroupTokenizer, TokenizeOptions
-from mpo_megatron.data.faults import FAULTS
 from mpo_megatron.data.readers import read_groups
-from mpo_megatron.data.schema import DataError, RecordError, ScoredGroup, group_from_record
+from mpo_megatron.data.schema import RecordError, group_from_record
 from tests.helpers.fuzzing import TEXT, TRIED, check_message, damaged, tries
+from tests.helpers.reading import check_file, check_group
 from tests.helpers.tokenizers import CHATML, LLAMA2, make_tokenizer
 
 OPTIONS = TokenizeOptions(max_prompt_length=60, max_length=100, truncation="skip")
@@ -107,44 +106,7 @@ DAMAGED = st.integers(1, 3).flatmap(
 )
 
 
-# ---- what must hold ----------------------------------------------------------------------------------------
-
-
-def check_group(group: ScoredGroup) -> None:
-    assert len(group.responses) >= 2
-    assert group.messages[-1].role == "user"
-    for text in (*(m.content for m in group.messages), *(r.text for r in group.responses), group.id):
-        text.encode()
-    for response in group.responses:
-        assert response.text.strip()
-        assert isinstance(response.score, float)
-        assert math.isfinite(response.score)
-        assert abs(response.score) <= 3.5e38
-
-
-def check_file(path: Path) -> None:
-    """Skipping all faults gives the groups and stopping at the first gives its sentence, of the same records."""
-    faults: list[RecordError] = []
-
-    def skip(error: RecordError) -> bool:
-        check_message(error, f"{path}")
-        assert error.fault in FAULTS
-        faults.append(error)
-        return True
-
-    try:
-        groups = list(read_groups(path, on_fault=skip))
-    except RecordError as error:
-        raise AssertionError("a fault of one record was raised past skip") from error
-    except DataError as error:  # of the file as a whole
-        check_message(error, f"{path}")
-        return
-    for group in groups:
-        check_group(group)
-    if [error for error in faults if error.fault != "equal_responses"]:
-        with pytest.raises(RecordError) as caught:
-            list(read_groups(path))
-        check_message(caught.value, f"{path}")
+# ---- what must hold: tests/helpers/reading.py -------------------------------------------------------------
 
 
 @tries(300)
