@@ -52,6 +52,10 @@ begin "lint (ruff check)"
 begin "types (mypy)"
 "$python" -m mypy
 
+begin "known vulnerabilities (pip-audit)"
+# What was published today is not the fault of today's change: said, and no failure.
+"$python" tools/audit.py || true
+
 begin "tests (pytest)"
 # File by file, so that what a module shares is made once, and in order: the long files come first.
 "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
