@@ -69,6 +69,15 @@ def leave_group_behind() -> None:
     GroupInCycle()
 
 
+_held: list[object] = []
+
+
+def hold_groups(count: int) -> int:
+    """Groups that nothing can free."""
+    _held.extend(dist.new_group() for _ in range(count))
+    return os.getpid()
+
+
 def threads() -> int:
     return psutil.Process().num_threads()
 
@@ -172,6 +181,13 @@ def test_a_case_leaves_no_threads_behind(pool: RankPool) -> None:
     for _ in range(3):
         pool.run(leave_group_behind)
     assert pool.run(threads) == before
+
+
+def test_ranks_that_keep_many_threads_are_replaced(pool: RankPool) -> None:
+    first = pool.run(hold_groups, 1)
+    assert pool.run(hold_groups, 60) == first
+    assert not set(first) & set(pool.run(hold_groups, 1))
+    assert max(pool.run(threads)) < 50
 
 
 def test_a_case_can_start_its_own_process_group(pool: RankPool) -> None:

@@ -43,6 +43,9 @@ _START_SECONDS = 240  # importing torch and Megatron-core in many processes at o
 _FINISH_SECONDS = 60
 _GRACE_SECONDS = 2.0  # after a rank has failed, what the others have to say is worth this wait
 _SHOWN_OUTPUT = 4000
+# Each Gloo group has a thread that wakes up a hundred times a second. Some hundred of them, of models that autograd's
+# graph keeps after an exception or Megatron's experts, made all later cases take three times as long.
+_MOST_THREADS = 100
 
 
 class RankError(Exception):
@@ -164,11 +167,13 @@ class RankProcesses:
             # Only when all have their result may a rank leave: its peers may still be receiving from it.
             for worker in workers:
                 worker.send("finish")
-            self._collect(workers, _FINISH_SECONDS, f"the end of {reference}")
+            threads = self._collect(workers, _FINISH_SECONDS, f"the end of {reference}")
         except BaseException:
             # A failed or interrupted case leaves ranks inside collectives, and their state unknown.
             self._kill()
             raise
+        if max(threads) > _MOST_THREADS:
+            self._kill()
         return results
 
     def close(self) -> None:
@@ -378,7 +383,9 @@ def _run_case(case: _Case, rank: int, store: Any, backend: str) -> Any:
     return tree_map_only(torch.Tensor, torch.Tensor.cpu, _resolve(case.function)(*args, **kwargs))
 
 
-def _end_case(teardown: str) -> None:
+def _end_case(teardown: str) -> int:
+    """Forget the case. Returns how many threads are left."""
+    import psutil
     import torch
     import torch.distributed as dist
 
@@ -393,6 +400,7 @@ def _end_case(teardown: str) -> None:
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     gc.freeze()  # what is left stays: looking through all of Megatron after each case would take longer than most cases
+    return psutil.Process().num_threads()
 
 
 def _resolve(reference: str) -> Callable[..., Any]:
