@@ -33,6 +33,7 @@ from torch import Tensor
 from mpo_megatron.errors import ConfigError
 from mpo_megatron.model.context_keys import ContextKeys, gather_row
 from mpo_megatron.model.copies import Copies, Make
+from mpo_megatron.model.elementwise import rotate
 from mpo_megatron.model.segments import RowParams
 from mpo_megatron.ragged.reads import Reads, read
 from mpo_megatron.runtime import capabilities, choices
@@ -264,16 +265,19 @@ class SharedPromptAttention(MegatronModule):
     ) -> Tensor:
         """[t, 1, Hq * D] from query [t, 1, Hq, D] and key, value [t, 1, Hkv, D]; that of padding says nothing."""
         params = packed_seq_params
+        queries, keys, values = query[:, 0], key[:, 0], value[:, 0]
+        if (turn := params.turn(queries.dtype)) is not None:
+            queries, keys = rotate(queries, *turn), rotate(keys, *turn)
         if self.config.context_parallel_size == 1:
             # Values are a view of a product that has queries and keys in it, too; kept as such they would keep it all.
-            return self.attend(query[:, 0], key[:, 0], value[:, 0].contiguous(), params)[:, None]
+            return self.attend(queries, keys, values.contiguous(), params)[:, None]
         group = parallel_state.get_context_parallel_group()
         if self.config.recompute_granularity is not None or not torch.is_grad_enabled():
             # What is computed again keeps nothing for long.
-            keys, values = gather_row(key[:, 0], value[:, 0], params.row.row_tokens, group)
-            return self.attend(query[:, 0], keys, values, params)[:, None]
+            keys, values = gather_row(keys, values, params.row.row_tokens, group)
+            return self.attend(queries, keys, values, params)[:, None]
         context = ContextKeys(params.row.row_tokens, group)
-        keys, values = context.gather(key[:, 0], value[:, 0])
+        keys, values = context.gather(keys, values)
         with context.not_kept():
-            out = self.attend(query[:, 0], keys, values, params)
+            out = self.attend(queries, keys, values, params)
         return context.before_backward(out)[:, None]

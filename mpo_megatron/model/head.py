@@ -33,7 +33,7 @@ from mpo_megatron.runtime.facts import Library
 from mpo_megatron.scheduling.pack import PackedRow
 
 # Raised where the log-probs of the same model and row become others in the last bit: caches of them hold it.
-ARITHMETIC = 2
+ARITHMETIC = 3
 # What is computed of logits, by `model.head_backend`: modules, of which the second is imported where it can run.
 _STEPS = {"eager": "mpo_megatron.model.logits", "triton": "mpo_megatron.model.logits_triton"}
 

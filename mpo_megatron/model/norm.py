@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from mpo_megatron.model.elementwise import normalize
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -20,3 +23,10 @@ class RMSNorm(torch.nn.RMSNorm):
         device = torch.cuda.current_device() if not config.use_cpu_initialization else "cpu"
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=device)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same of a CPU's tensors, in fewer passes over memory."""
+        if x.device.type != "cpu":
+            return super().forward(x)
+        assert self.eps is not None
+        return normalize(x, self.weight, self.eps)

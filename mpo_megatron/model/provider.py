@@ -12,6 +12,7 @@ of HybridModel. A second model class would have to supply, beside its own table 
 - gradients finalised by Megatron's `finalize_model_grads`: tied embeddings and QK norms summed over their ranks.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -34,6 +36,7 @@ from torch import Tensor
 from mpo_megatron.errors import ConfigError
 from mpo_megatron.model.architecture import Architecture
 from mpo_megatron.model.attention import use_shared_prompts
+from mpo_megatron.model.elementwise import gate
 from mpo_megatron.model.fp8 import Fp8
 from mpo_megatron.model.head import ResponseHead
 from mpo_megatron.model.norm import RMSNorm
@@ -70,6 +73,31 @@ class ModelOptions:
     num_layers_in_last_pipeline_stage: int | None = None
 
 
+class GatedMLP(MLP):
+    """Megatron's feed-forward layer, whose gate is computed in fewer passes over memory on a CPU."""
+
+    def forward(
+        self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Hidden states [t, 1, H] and no bias."""
+        if hidden_states.device.type != "cpu" or per_token_scale is not None:
+            return super().forward(hidden_states, per_token_scale, **kwargs)
+        both, _ = self.linear_fc1(hidden_states)
+        return self.linear_fc2(gate(both))
+
+
+def _is_plain_swiglu(config: TransformerConfig) -> bool:
+    """Whether feed-forward layers multiply silu of one half with the other, and nothing besides."""
+    return (
+        config.gated_linear_unit
+        and config.activation_func is torch.nn.functional.silu
+        and not config.add_bias_linear
+        and not config.use_te_activation_func
+        and getattr(config, "activation_func_clamp_value", None) is None
+        and not getattr(config, "glu_linear_offset", 0.0)
+    )
+
+
 class GroupModel(GPTModel):
     """GPTModel whose input is a packed row and whose last stage returns log-probability sums."""
 
@@ -93,13 +121,20 @@ class GroupModel(GPTModel):
         """
         assert model.position_embedding_type == "rope", model.position_embedding_type
         model.__class__ = cls
+        for module in model.modules():
+            if type(module) is MLP and _is_plain_swiglu(module.config):
+                module.__class__ = GatedMLP
         rotary = model.rotary_pos_emb
-        model.rotary_pos_emb = PositionRotaryEmbedding(rotary.inv_freq.tolist(), rotary.inv_freq.device)
+        model._set_rotary(rotary.inv_freq.tolist(), rotary.inv_freq.device)
         if model.post_process:
             ResponseHead.take_over(
                 model.output_layer, vocab_size, head_chunk_size, fuse_weight_gradients, head_backend
             )
         return model
+
+    def _set_rotary(self, inverse_frequencies: Sequence[float], device: torch.device) -> None:
+        in_attention = device.type == "cpu" and not self.config.apply_rope_fusion
+        self.rotary_pos_emb = PositionRotaryEmbedding(inverse_frequencies, device, in_attention)
 
     def forward(self, row: PackedRow) -> Tensor:
         """Hidden states [t, 1, H] between pipeline stages; [1, R, 1] float32 log-probability sums from the last."""
@@ -293,14 +328,14 @@ def _build_chunk(
         position_embedding_type="rope",
         vp_stage=vp_stage,
     )
-    GroupModel.take_over(
+    model = GroupModel.take_over(
         model,
         architecture.vocab_size,
         head_chunk_size=options.head_chunk_size,
         fuse_weight_gradients=options.fuse_weight_gradients,
         head_backend=options.head_backend,
     )
-    model.rotary_pos_emb = PositionRotaryEmbedding(architecture.inverse_frequencies, layout.device)
+    model._set_rotary(architecture.inverse_frequencies, layout.device)
     _mark_tensor_parallel(model)
     _mark_experts(model)
     if options.transformer_engine and options.fuse_weight_gradients:

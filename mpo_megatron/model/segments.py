@@ -24,7 +24,19 @@ class RowParams(PackedSeqParams):
     def __init__(self, row: PackedRow) -> None:
         super().__init__(qkv_format="sbhd")
         self.row = row
+        # [t, D / 2] of the row's positions, where attention rotates queries and keys.
+        self.angles: Tensor | None = None
+        self._turns: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
         self._masks: dict[tuple[int, int, torch.dtype], Tensor] = {}
+
+    def turn(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """([t, 1, D / 2] cosines, sines) of the angles; None where Megatron rotates."""
+        if self.angles is not None and dtype not in self._turns:
+            self._turns[dtype] = (
+                self.angles.cos().to(dtype)[:, None],
+                self.angles.sin().to(dtype)[:, None],
+            )
+        return self._turns.get(dtype)
 
     @property
     def segments(self) -> tuple[Segment, ...]:

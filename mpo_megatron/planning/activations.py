@@ -46,9 +46,9 @@ def layer_bytes(a: Architecture, run: Run, row: RowShape) -> LayerBytes:
     q, k = a.num_heads * a.head_dim // run.tp, a.num_kv_heads * a.head_dim // run.tp
     heads = a.num_heads // run.tp
     s = t // run.sequence_ranks
-    # Transformer Engine and the fused RoPE keep one table of angles for all layers (`chunk_bytes`); the local one
-    # multiplies queries and keys with cosines and sines of their own.
-    rope = 0 if run.transformer_engine else 4 * t * a.head_dim * e
+    # Transformer Engine and the fused RoPE keep one table of angles for all layers (`chunk_bytes`), so does ours on a
+    # CPU; Megatron's local one multiplies queries and keys with cosines and sines of their own.
+    rope = 4 * t * a.head_dim * e if run.fused and not run.transformer_engine else 0
     qk_norms = 0.0
     if a.block.qk_norm:
         qk_norms = _norm(run, t * q, t * heads) + _norm(run, t * k, t * a.num_kv_heads // run.tp)
@@ -62,12 +62,8 @@ def layer_bytes(a: Architecture, run: Run, row: RowShape) -> LayerBytes:
 
 
 def _norm(run: Run, elements: float, vectors: float) -> float:
-    """RMSNorm: its input and the inverse root of each vector; torch's unfused one makes float32 of the input and keeps
-    the normalised vectors too.
-    """
-    if run.transformer_engine or run.fused:
-        return elements * run.element + vectors * _FLOAT32
-    return 2 * elements * _FLOAT32 + vectors * _FLOAT32
+    """RMSNorm: its input and the inverse root of each vector."""
+    return elements * run.element + vectors * _FLOAT32
 
 
 def _attention(a: Architecture, run: Run, row: RowShape, q: int, k: int, heads: int) -> tuple[float, float]:
@@ -84,15 +80,18 @@ def _attention(a: Architecture, run: Run, row: RowShape, q: int, k: int, heads: 
         return t * q * e + 2 * t * k * e, core
     # Values are then a view of the product that queries, keys and values come from, and keep all of it.
     given = t * q * e + t * k * e + t * (q + 2 * k) * e
+    if not (run.fused or run.transformer_engine or a.block.qk_norm):
+        # So are keys then, which attention itself rotates, and queries where they are one group; a norm copies them.
+        given -= t * k * e + (t * q * e if a.num_kv_heads == run.tp else 0)
     return given, core + (t * k * e if run.cp == 1 else 2 * row.row_tokens * k * e)
 
 
 def _feed_forward(a: Architecture, run: Run, row: RowShape) -> float:
-    """The SwiGLU's first product (2 F) and the second's input (F); unfused, both factors of the second's input too."""
+    """The SwiGLU's first product (2 F) and the second's input (F); of experts, unfused, both of its factors too."""
     e, t, f = run.element, row.tokens, a.ffn_hidden_size // run.tp
-    factors = 0 if run.fused else 2
     if a.experts is None:
-        return t * f * (3 + factors) * e
+        return t * f * 3 * e
+    factors = 0 if run.fused else 2
     # With balanced experts each rank's take as many tokens as its tokens go to experts. Unfused, a token's weight
     # is multiplied in apart; its hidden state is copied for each of its experts.
     per_token = a.experts.per_token
@@ -120,7 +119,12 @@ def chunk_bytes(a: Architecture, run: Run, row: RowShape, layers: int, last: boo
     e, s = run.element, row.tokens // run.sequence_ranks
     layer = layer_bytes(a, run, row)
     # The row's own tensors, and the angles that every layer is given.
-    rotary = row.tokens * a.head_dim * _FLOAT32 if run.transformer_engine else 0.0
+    rotary = 0.0
+    if run.transformer_engine:
+        rotary = row.tokens * a.head_dim * _FLOAT32
+    elif not run.fused:
+        # Its cosines and sines, of half the angles each.
+        rotary = row.tokens * a.head_dim * e
     # Keys that are read several times, at most.
     shared = max(0, row.keys - row.predicted)
     given = 34 * row.tokens + 12 * row.predicted + 5 * row.row_tokens + 4 * row.keys + 8 * shared + rotary
@@ -137,8 +141,8 @@ def chunk_bytes(a: Architecture, run: Run, row: RowShape, layers: int, last: boo
     again = run.recompute.at_a_time(layers) if run.recompute.granularity == "full" else 0
     given_layer = s * a.hidden_size * e
     inputs = run.recompute.checkpoints(layers) * given_layer
-    # The first norm keeps the layer's input, which is there already, unless it makes a float32 copy.
-    known = given_layer if run.transformer_engine or run.fused or e == _FLOAT32 else 0
+    # The first norm keeps the layer's input, which is there already.
+    known = given_layer
     plain = layers - run.recompute.layers(layers)
     freed = head + plain * layer.all
     kept = inputs + plain * layer.all + head + given

@@ -189,7 +189,7 @@ def _with_swapped_norms(architecture: Any) -> dict[str, Any]:
 def _rotary_by_place() -> Any:
     """The fused rotary embedding gets angles of places in the row."""
 
-    def by_place(self: Any, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def by_place(self: Any, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | None:
         return forward(self, torch.arange(position_ids.numel()))
 
     forward = PositionRotaryEmbedding.forward
