@@ -2,16 +2,22 @@
 
     python tools/generate.py --model MODEL_DIR --prompts examples/data/prompts.jsonl --split train --output groups.jsonl
 
-Score the result with tools/score.py.
+What is finished is kept in OUTPUT.parts: a run that was killed goes on there when it is started again. Score the result
+with tools/score.py.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mpo_megatron.errors import UserError
-from mpo_megatron.rollout.records import Record, read_prompts, write_jsonl
+from mpo_megatron.rollout.generation import Sampling, prompt_batches, start_sampler
+from mpo_megatron.rollout.parts import begin, digest_of, digest_of_folder
+from mpo_megatron.rollout.records import Record, read_prompts
+from mpo_megatron.rollout.work import work_off
 
 KEPT_FIELDS = ("id", "split", "prompt", "constraints", "topic_words")
 
@@ -69,6 +75,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--seed", type=int, default=0, help="same seed and settings, same responses (default %(default)s)")
     add(
+        "--processes",
+        type=int,
+        default=1,
+        help="processes that share the prompts, each with a model of its own (default %(default)s)",
+    )
+    add(
         "--dtype",
         choices=("bfloat16", "float32"),
         default="float32",
@@ -94,33 +106,42 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def generate(args: argparse.Namespace) -> None:
     if not args.model.is_dir():
         raise UserError(f"--model {args.model} is not a folder; give a Hugging Face model's folder")
+    if args.processes < 1:
+        raise UserError(f"--processes {args.processes} must be at least 1")
     prompts = select(read_prompts(args.prompts), args)
-
-    # Imported here so that --help and a wrong path answer at once.
-    import torch
-
-    from mpo_megatron.rollout.sampling import sample_responses
-
-    responses = sample_responses(
-        str(args.model),
-        [record["prompt"] for record in prompts],
-        samples=args.samples,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        max_new_tokens=args.max_new_tokens,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        dtype=args.dtype,
-        device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-    )
-    write_jsonl(
-        args.output,
-        (
-            {name: record[name] for name in KEPT_FIELDS if name in record} | {"responses": sampled}
-            for record, sampled in zip(prompts, responses, strict=True)
-        ),
-    )
+    sampling = Sampling(args.samples, args.temperature, args.top_p, args.max_new_tokens, args.seed)
+    prompt_batches([], args.samples, args.batch_size)  # checks them
+    start = partial(start_sampler, str(args.model), sampling, args.dtype, args.device, args.processes)
+    inputs = {record["id"]: digest_of(kept_fields(record)) for record in prompts}
+    with begin(args.output, settings_of(args), inputs) as parts:
+        finished = parts.finished()
+        if finished:
+            print(f"{parts.folder}: {len(finished)} of {len(prompts)} groups are there already")
+        waiting = [record for record in prompts if record["id"] not in finished]
+        batches = prompt_batches(waiting, args.samples, args.batch_size)
+        work_off(parts, batches, start, processes=args.processes, total=len(prompts), unit="prompt")
+        parts.merge(
+            args.output, prompts, lambda record, sampled: kept_fields(record) | {"responses": sampled}
+        )
     print(f"{args.output}: {len(prompts)} groups of {args.samples} responses")
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What the responses depend on."""
+    return {
+        "the model in --model": digest_of_folder(args.model),
+        "--samples": args.samples,
+        "--temperature": args.temperature,
+        "--top-p": args.top_p,
+        "--max-new-tokens": args.max_new_tokens,
+        "--seed": args.seed,
+        "--dtype": args.dtype,
+        "--backend": args.backend,
+    }
+
+
+def kept_fields(record: Record) -> Record:
+    return {name: record[name] for name in KEPT_FIELDS if name in record}
 
 
 def select(records: list[Record], args: argparse.Namespace) -> list[Record]:

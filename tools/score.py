@@ -12,17 +12,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mpo_megatron.errors import UserError
-from mpo_megatron.rollout.records import Record, read_groups, write_jsonl
-from mpo_megatron.rollout.rewards import USABLE_SPREAD, Summary, summarise, summarise_by_type, verified_score
+from mpo_megatron.rollout.parts import begin, digest_of
+from mpo_megatron.rollout.records import Record, read_groups
+from mpo_megatron.rollout.rewards import USABLE_SPREAD, Summary, summarise, summarise_by_type
+from mpo_megatron.rollout.scoring import start_constraints, with_scores
+from mpo_megatron.rollout.work import work_off
+
+GROUPS_PER_BATCH = 64
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     try:
-        groups = [score_group(group) for group in read_groups(args.input)]
-        if not args.summary_only:
-            write_jsonl(args.output, groups)
-        print_summary(groups)
+        groups = read_groups(args.input)
+        print_summary(score(groups, args) if args.output else score_in_memory(groups))
     except (UserError, OSError) as error:
         sys.exit(f"score.py: {error}")
 
@@ -37,24 +40,35 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--summary-only", action="store_true", help="print the figures, write nothing")
     args = parser.parse_args(argv)
-    if args.output is None and not args.summary_only:
+    if args.summary_only:
+        args.output = None
+    elif args.output is None:
         parser.error("--output is missing; give it, or --summary-only to write nothing")
     return args
 
 
-def score_group(group: Record) -> Record:
-    """The group with a "score" in every response, rounded to three decimals."""
-    responses = []
-    for response in group["responses"]:
-        score = verified_score(
-            response["text"],
-            group["constraints"],
-            prompt=group["prompt"],
-            finished=response["finish_reason"] == "stop",
-            topic_words=group.get("topic_words", ()),
-        )
-        responses.append(response | {"score": round(score, 3)})
-    return group | {"responses": responses}
+def score(groups: Sequence[Record], args: argparse.Namespace) -> list[Record]:
+    """Score into --output, going on where an earlier start was cut off. Returns the scored groups."""
+    scored: list[Record] = []
+
+    def assemble(group: Record, scores: Sequence[float]) -> Record:
+        scored.append(with_scores(group, scores))
+        return scored[-1]
+
+    with begin(args.output, {}, {group["id"]: digest_of(group) for group in groups}) as parts:
+        finished = parts.finished()
+        waiting = [group for group in groups if group["id"] not in finished]
+        batches = [
+            waiting[first : first + GROUPS_PER_BATCH] for first in range(0, len(waiting), GROUPS_PER_BATCH)
+        ]
+        work_off(parts, batches, start_constraints, processes=1, total=len(groups), unit="group")
+        parts.merge(args.output, groups, assemble)
+    return scored
+
+
+def score_in_memory(groups: list[Record]) -> list[Record]:
+    values, _ = start_constraints(0)(groups)
+    return [with_scores(group, scores) for group, scores in zip(groups, values, strict=True)]
 
 
 def print_summary(groups: Sequence[Record]) -> None:

@@ -35,6 +35,8 @@ def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     with temporary.open("w", encoding="utf-8") as file:
         for record in records:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 

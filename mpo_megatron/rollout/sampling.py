@@ -1,95 +1,92 @@
 """Sampling several responses to each prompt with a Hugging Face chat model.
 
-Shapes: `P` prompts of a batch, `S` = P x samples rows, `T` tokens of the longest prompt, `V` vocabulary.
+Shapes: `P` prompts of a batch, `S` = P x samples rows, `T` tokens of the longest prompt, `N` tokens of a response at
+most, `V` vocabulary.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
-from tqdm import tqdm
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mpo_megatron.errors import UserError
+from mpo_megatron.rollout.generation import Sampling, uniforms
+from mpo_megatron.rollout.records import Record
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def sample_responses(
-    model_path: str,
-    prompts: Sequence[str],
-    *,
-    samples: int,
-    temperature: float,
-    top_p: float,
-    max_new_tokens: int,
-    batch_size: int,
-    seed: int,
-    dtype: str,
-    device: str,
-) -> list[list[dict[str, str]]]:
-    """Samples `samples` responses to each prompt, as one user turn in the model's chat template.
+class HuggingFaceSampler:
+    """A model in transformers: each prompt is read once, and its samples share what was computed of it.
 
-    Returns, in the order of `prompts`, lists of {"text", "finish_reason"}: "stop" if the model ended its turn, "length"
-    if `max_new_tokens` cut it off. The text is what the tokenizer decodes without special tokens, not stripped.
-    `batch_size` counts sequences, prompts x samples; batches hold prompts of like length, so that little is padded.
-    The same arguments give the same responses on the same machine; another batch size gives others.
-
-    Raises UserError for settings that cannot sample, and for a tokenizer that has no chat template.
+    Sample k of a prompt is drawn with random numbers of its own, made of the seed, the prompt's id and k. It does not
+    depend on the other prompts of a batch, on their order, or on the processes, but for the rounding of sums: a product
+    of another shape may add up in another order, which moves logits by some 1e-6 in float32 (1e-2 in bfloat16), and now
+    and then a token with them.
     """
-    _check_settings(samples, temperature, top_p, max_new_tokens, batch_size, dtype)
-    tokenizer = AutoTokenizer.from_pretrained(model_path, padding_side="left", trust_remote_code=False)
-    if tokenizer.chat_template is None:
-        raise UserError(f"the tokenizer in {model_path} has no chat template; use an instruct model's folder")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=DTYPES[dtype], trust_remote_code=False)
-    model = model.to(device).eval()
-    stop_ids = _stop_ids(model.generation_config.eos_token_id, tokenizer)
 
-    inputs = [_encode(tokenizer, prompt) for prompt in prompts]
-    # The longest first: a batch that does not fit in memory fails at once, not at the end.
-    order = sorted(range(len(prompts)), key=lambda index: -len(inputs[index]))
-    prompts_per_batch = batch_size // samples
-    responses: list[list[dict[str, str]]] = [[] for _ in prompts]
-    with torch.random.fork_rng(), torch.inference_mode(), tqdm(total=len(prompts), unit="prompt") as progress:
-        torch.manual_seed(seed)
-        for start in range(0, len(order), prompts_per_batch):
-            chosen = order[start : start + prompts_per_batch]
-            batch = tokenizer.pad({"input_ids": [inputs[index] for index in chosen]}, return_tensors="pt").to(
-                device
-            )
-            token_rows = _sample_batch(
-                model,
+    def __init__(self, model_path: str, sampling: Sampling, *, dtype: str, device: str) -> None:
+        """Reads model and tokenizer.
+
+        Raises UserError for an unknown dtype, and for a tokenizer that has no chat template or no end-of-turn token.
+        """
+        if dtype not in DTYPES:
+            raise UserError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+        self._sampling = sampling
+        self._device = device
+        self._tokenizer = chat_tokenizer(model_path)
+        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=DTYPES[dtype], trust_remote_code=False)
+        self._model = model.to(device).eval()
+        self._stop_ids = stop_ids(model.generation_config.eos_token_id, self._tokenizer)
+
+    def __call__(self, records: list[Record]) -> tuple[list[list[dict[str, str]]], int]:
+        """Samples responses to each record's "prompt", as one user turn in the model's chat template.
+
+        Returns lists of {"text", "finish_reason"} in the order of `records`, and the number of tokens sampled. The
+        finish reason is "stop" if the model ended its turn, "length" if `max_new_tokens` cut it off; the text is what
+        the tokenizer decodes without special tokens, not stripped.
+        """
+        samples, length = self._sampling.samples, self._sampling.max_new_tokens
+        inputs = [encode(self._tokenizer, record["prompt"]) for record in records]
+        batch = self._tokenizer.pad({"input_ids": inputs}, return_tensors="pt").to(self._device)
+        draws = [
+            uniforms(self._sampling.seed, record["id"], sample, length)
+            for record in records
+            for sample in range(samples)
+        ]
+        with torch.inference_mode():
+            rows = _sample_batch(
+                self._model,
                 batch["input_ids"],
                 batch["attention_mask"],
-                samples=samples,
-                temperature=temperature,
-                top_p=top_p,
-                max_new_tokens=max_new_tokens,
-                stop_ids=torch.tensor(stop_ids, device=device),
+                torch.from_numpy(np.stack(draws)).to(self._device),
+                sampling=self._sampling,
+                stop_ids=torch.tensor(self._stop_ids, device=self._device),
             )
-            for row, ids in enumerate(token_rows):
-                responses[chosen[row // samples]].append(_response(tokenizer, ids, stop_ids))
-            progress.update(len(chosen))
-    return responses
+        responses = [response(self._tokenizer, ids, self._stop_ids) for ids in rows]
+        groups = [responses[first : first + samples] for first in range(0, len(responses), samples)]
+        return groups, sum(map(len, rows))
 
 
 def _sample_batch(
     model: PreTrainedModel,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    draws: Tensor,
     *,
-    samples: int,
-    temperature: float,
-    top_p: float,
-    max_new_tokens: int,
-    stop_ids: torch.Tensor,
+    sampling: Sampling,
+    stop_ids: Tensor,
 ) -> list[list[int]]:
     """Token ids of the S rows in order, each through its end token if it came to one.
 
-    `input_ids` and `attention_mask` are [P, T], padded on the left. transformers' generate would run each prompt
-    `samples` times and keep finished rows until the last one ends, which costs more than twice the time on a CPU.
+    `input_ids` and `attention_mask` are [P, T], padded on the left, `draws` [S, N] in [0, 1). transformers' generate
+    would run each prompt `samples` times and keep finished rows until the last one ends, which costs more than twice
+    the time on a CPU.
     """
+    samples = sampling.samples
     first_positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
     output = model(
         input_ids=input_ids,
@@ -107,8 +104,8 @@ def _sample_batch(
     rows = torch.arange(len(positions), device=positions.device)
     running = torch.ones_like(rows, dtype=torch.bool)
     sampled: list[list[int]] = [[] for _ in rows]
-    for _ in range(max_new_tokens):
-        tokens = draw_tokens(logits, temperature, top_p)
+    for step in range(sampling.max_new_tokens):
+        tokens = draw_tokens(logits, sampling.temperature, sampling.top_p, draws[rows, step])
         for row, token in zip(rows[running].tolist(), tokens[running].tolist(), strict=True):
             sampled[row].append(token)
         running &= ~torch.isin(tokens, stop_ids)
@@ -133,57 +130,74 @@ def _sample_batch(
     return sampled
 
 
-def draw_tokens(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
-    """One token id for each row of `logits` [S, V], from the likeliest tokens that hold `top_p` of the probability."""
+def draw_tokens(logits: Tensor, temperature: float, top_p: float, draws: Tensor) -> Tensor:
+    """One token id for each row of `logits` [S, V], from the likeliest tokens that hold `top_p` of the probability.
+
+    It is the token at which the running sum of probabilities passes the row's number in `draws` [S], float64 in [0, 1).
+    """
     probabilities = (logits.float() / temperature).softmax(dim=-1)
     if top_p < 1:
         # The head of the distribution is enough nearly always, and far cheaper to sort than the whole vocabulary.
         head = min(2048, probabilities.shape[-1])
         ordered, ids = probabilities.topk(head, dim=-1)
-        if head < probabilities.shape[-1] and (ordered.sum(-1) < top_p).any():
-            ordered, ids = probabilities.sort(dim=-1, descending=True)
-        before = ordered.cumsum(-1) - ordered
-        picked = torch.multinomial(ordered * (before < top_p), 1)
-        return ids.gather(1, picked).squeeze(1)
-    return torch.multinomial(probabilities, 1).squeeze(1)
+        if head < probabilities.shape[-1]:
+            # Row by row, so that no row depends on another.
+            short = (ordered.sum(-1) < top_p).nonzero().squeeze(1)
+            if len(short):
+                tokens = torch.empty_like(ids[:, 0])
+                whole, their_ids = probabilities[short].sort(dim=-1, descending=True)
+                tokens[short] = _draw_head(whole, their_ids, top_p, draws[short])
+                enough = (ordered.sum(-1) >= top_p).nonzero().squeeze(1)
+                tokens[enough] = _draw_head(ordered[enough], ids[enough], top_p, draws[enough])
+                return tokens
+        return _draw_head(ordered, ids, top_p, draws)
+    return _inverse(probabilities, draws)
 
 
-def _check_settings(
-    samples: int, temperature: float, top_p: float, max_new_tokens: int, batch_size: int, dtype: str
-) -> None:
-    if samples < 1 or max_new_tokens < 1:
-        raise UserError(
-            f"samples={samples} and max_new_tokens={max_new_tokens} must be at least 1; raise them"
-        )
-    if temperature <= 0:
-        raise UserError(f"temperature={temperature} must be above 0: samples would all be the same; try 1.0")
-    if not 0 < top_p <= 1:
-        raise UserError(f"top_p={top_p} must be above 0 and at most 1; 1.0 samples from all tokens")
-    if batch_size < samples:
-        raise UserError(
-            f"batch_size={batch_size} counts sequences and must hold a prompt's {samples} samples; raise it"
-        )
-    if dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+def _draw_head(ordered: Tensor, ids: Tensor, top_p: float, draws: Tensor) -> Tensor:
+    before = ordered.cumsum(-1) - ordered
+    picked = _inverse(ordered * (before < top_p), draws)
+    return ids.gather(1, picked[:, None]).squeeze(1)
 
 
-def _stop_ids(from_model: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The end-of-turn tokens: what the generation config names and the tokenizer's own."""
+def _inverse(weights: Tensor, draws: Tensor) -> Tensor:
+    """[S] where the running sum of a row of `weights` [S, V] first exceeds its number in `draws` x the row's sum."""
+    sums = weights.double().cumsum(-1)
+    total = sums[:, -1]
+    # A product that rounds to the whole sum would be exceeded nowhere.
+    targets = torch.minimum(draws * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(sums, targets[:, None], right=True).squeeze(1)
+
+
+def chat_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, padding on the left; raises UserError if it has no chat template."""
+    tokenizer = AutoTokenizer.from_pretrained(model_path, padding_side="left", trust_remote_code=False)
+    if tokenizer.chat_template is None:
+        raise UserError(f"the tokenizer in {model_path} has no chat template; use an instruct model's folder")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def stop_ids(from_model: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The end-of-turn tokens: what the generation config names and the tokenizer's own; raises UserError for none."""
     named = from_model if isinstance(from_model, list) else [from_model]
-    stop_ids = sorted({token for token in [*named, tokenizer.eos_token_id] if token is not None})
-    if not stop_ids:
+    found = sorted({token for token in [*named, tokenizer.eos_token_id] if token is not None})
+    if not found:
         raise UserError(
             "neither the generation config nor the tokenizer names an end-of-turn token; add eos_token"
         )
-    return stop_ids
+    return found
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """The ids of a user turn and of the beginning of its answer."""
     chat = [{"role": "user", "content": prompt}]
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template holds the special tokens
 
 
-def _response(tokenizer: PreTrainedTokenizerBase, ids: list[int], stop_ids: list[int]) -> dict[str, str]:
+def response(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], ends: Sequence[int]) -> dict[str, Any]:
+    """{"text", "finish_reason"} of sampled ids, which end with one of `ends` or were cut."""
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return {"text": text, "finish_reason": "stop" if ids[-1] in stop_ids else "length"}
+    return {"text": text, "finish_reason": "stop" if ids[-1] in ends else "length"}

@@ -1,10 +1,12 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mpo_megatron.rollout.sampling import draw_tokens, sample_responses
+from mpo_megatron.rollout.generation import Sampling, prompt_batches, uniforms
+from mpo_megatron.rollout.sampling import HuggingFaceSampler, draw_tokens
 from tests.helpers.models import make_llama
 from tests.helpers.tokenizers import make_tokenizer
 
@@ -13,15 +15,12 @@ PROMPTS = [
     "Red?",
     "You are a lazy dog. Jump over the fox.",
 ]
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "samples": 3,
     "temperature": 1.0,
     "top_p": 1.0,
     "max_new_tokens": 12,
-    "batch_size": 6,
     "seed": 5,
-    "dtype": "float32",
-    "device": "cpu",
 }
 
 
@@ -43,8 +42,25 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def sample(model: Path, prompts=PROMPTS, **changes):
-    return sample_responses(str(model), prompts, **{**SETTINGS, **changes})
+def records(prompts=PROMPTS) -> list[dict]:
+    return [{"id": f"p{number}", "prompt": prompt} for number, prompt in enumerate(prompts)]
+
+
+def sample(model: Path, prompts=PROMPTS, *, batch_size=None, order=None, **changes) -> list[list[dict]]:
+    """Responses in the order of the prompts; `order` is the one that they are given in, `batch_size` in prompts."""
+    sampler = HuggingFaceSampler(
+        str(model), Sampling(**{**SETTINGS, **changes}), dtype="float32", device="cpu"
+    )
+    asked = records(prompts)
+    order = order or range(len(asked))
+    size = batch_size or len(asked)
+    found = {}
+    for first in range(0, len(asked), size):
+        batch = [asked[number] for number in order[first : first + size]]
+        groups, tokens = sampler(batch)
+        assert tokens >= sum(map(len, groups))
+        found.update({record["id"]: group for record, group in zip(batch, groups, strict=True)})
+    return [found[record["id"]] for record in asked]
 
 
 def test_responses_come_in_the_order_of_the_prompts_and_depend_on_the_seed_alone(model):
@@ -53,6 +69,26 @@ def test_responses_come_in_the_order_of_the_prompts_and_depend_on_the_seed_alone
     assert sample(model) == first
     assert sample(model, seed=6) != first
     assert len({response["text"] for responses in first for response in responses}) > 3
+
+
+def test_a_sample_depends_on_no_other(model):
+    prompts = [*PROMPTS, "dog", "one\ntwo", "brown fox " * 5, "Answer in thirty words."]
+    first = sample(model, prompts)
+    assert sample(model, prompts, batch_size=1) == first
+    assert sample(model, prompts, batch_size=3, order=[6, 2, 0, 5, 1, 3, 4]) == first
+    more = sample(model, prompts, samples=5)
+    assert [group[:3] for group in more] == first
+    assert len({response["text"] for response in more[0]}) == 5
+
+
+def test_random_numbers_are_those_of_seed_prompt_and_sample():
+    numbers = uniforms(3, "a", 1, 8)
+    assert numbers.shape == (8,)
+    assert ((numbers >= 0) & (numbers < 1)).all()
+    assert (uniforms(3, "a", 1, 5) == numbers[:5]).all()
+    for other in ((4, "a", 1), (3, "b", 1), (3, "a", 2), (31, "a", 1)):
+        assert not (uniforms(*other, 8) == numbers).any()
+    assert abs(uniforms(0, "x", 0, 100_000).mean() - 0.5) < 0.01
 
 
 def test_sampling_leaves_the_callers_random_state_alone(model):
@@ -97,31 +133,52 @@ def test_batches_with_padding_and_dropped_rows_match_generate_one_by_one(model):
         "dog",
         "Answer in thirty words.",
     ]
-    sampled = sample(model, prompts, temperature=1e-4, samples=2, batch_size=16, max_new_tokens=24)
+    sampled = sample(model, prompts, temperature=1e-4, samples=2, max_new_tokens=24)
     expected = [greedy(model, prompt, 24) for prompt in prompts]
     assert len({len(text) for text, _ in expected}) > 2  # rows end at different steps
     for responses, (text, reason) in zip(sampled, expected, strict=True):
         assert responses == [{"text": text, "finish_reason": reason}] * 2
 
 
+def draws(rows: int) -> torch.Tensor:
+    return torch.from_numpy(uniforms(0, "", 0, rows))
+
+
 def test_draw_tokens_follows_the_distribution():
-    torch.manual_seed(0)
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(20_000, 4)
-    shares = torch.bincount(draw_tokens(logits, 1.0, 1.0), minlength=4) / 20_000
+    shares = torch.bincount(draw_tokens(logits, 1.0, 1.0, draws(20_000)), minlength=4) / 20_000
     assert torch.allclose(shares, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.02)
     # Tokens that hold 0.7 of the probability: the first two (0.5 does not reach it), renormalised.
-    shares = torch.bincount(draw_tokens(logits, 1.0, 0.7), minlength=4) / 20_000
+    shares = torch.bincount(draw_tokens(logits, 1.0, 0.7, draws(20_000)), minlength=4) / 20_000
     assert torch.allclose(shares, torch.tensor([0.625, 0.375, 0.0, 0.0]), atol=0.02)
     # At temperature 1/2 probabilities are squared.
-    shares = torch.bincount(draw_tokens(logits, 0.5, 1.0), minlength=4) / 20_000
+    shares = torch.bincount(draw_tokens(logits, 0.5, 1.0, draws(20_000)), minlength=4) / 20_000
     assert torch.allclose(shares, torch.tensor([0.25, 0.09, 0.0225, 0.0025]) / 0.365, atol=0.02)
 
 
+def test_a_token_is_where_the_running_sum_passes_the_number():
+    logits = torch.tensor([0.0, 0.25, 0.5, 0.0, 0.25, 0.0]).log().expand(6, 6)
+    numbers = torch.tensor([0.0, 0.2499, 0.2501, 0.7499, 0.7501, 1 - 2**-53], dtype=torch.float64)
+    assert draw_tokens(logits, 1.0, 1.0, numbers).tolist() == [1, 1, 2, 2, 4, 4]
+
+
 def test_top_p_that_needs_more_than_the_head_of_a_large_vocabulary():
-    torch.manual_seed(0)
     # Probabilities fall slowly, by a factor e over all 10000 tokens: 90% of them lie in the first 8414.
-    drawn = draw_tokens(torch.linspace(0, -1, 10_000).expand(400, -1), 1.0, 0.9)
+    slow = torch.linspace(0, -1, 10_000).expand(400, -1)
+    drawn = draw_tokens(slow, 1.0, 0.9, draws(400))
     assert 2048 < drawn.max() <= 8416
+    # A row beside it that needs the head alone gets the same token as by itself.
+    fast = torch.linspace(0, -1000, 10_000).expand(400, -1)
+    both = draw_tokens(torch.cat([fast, slow]), 1.0, 0.9, draws(400).repeat(2))
+    assert torch.equal(both, torch.cat([draw_tokens(fast, 1.0, 0.9, draws(400)), drawn]))
+
+
+def test_batches_hold_whole_prompts_of_like_length_longest_first():
+    asked = [{"id": str(length), "prompt": "x" * length} for length in (3, 9, 1, 7, 5)]
+    batches = prompt_batches(asked, samples=3, batch_size=8)
+    assert [[record["id"] for record in batch] for batch in batches] == [["9", "7"], ["5", "3"], ["1"]]
+    with pytest.raises(ValueError, match=r"batch_size=2 .* 3 samples"):
+        prompt_batches(asked, samples=3, batch_size=2)
 
 
 @pytest.mark.parametrize(
@@ -132,13 +189,17 @@ def test_top_p_that_needs_more_than_the_head_of_a_large_vocabulary():
         ({"top_p": 1.5}, "top_p=1.5"),
         ({"samples": 0}, "samples=0"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
-        ({"batch_size": 2}, "batch_size=2 .* 3 samples"),
-        ({"dtype": "int8"}, "'int8' is unknown"),
+        ({"temperature": float("nan")}, "temperature=nan"),
     ],
 )
-def test_settings_that_cannot_sample_are_refused(model, changes, message):
+def test_settings_that_cannot_sample_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        sample(model, **changes)
+        Sampling(**{**SETTINGS, **changes})
+
+
+def test_an_unknown_dtype_is_refused(model):
+    with pytest.raises(ValueError, match="'int8' is unknown"):
+        HuggingFaceSampler(str(model), Sampling(**SETTINGS), dtype="int8", device="cpu")
 
 
 def test_a_tokenizer_without_chat_template_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -116,6 +117,63 @@ def test_generate_then_score(model, prompts, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == figures
 
 
+def test_generate_gives_the_same_at_any_batch_size_and_number_of_processes(model, prompts, tmp_path):
+    first = run_generate(model, prompts, tmp_path / "first.jsonl")
+    assert run_generate(model, prompts, tmp_path / "small.jsonl", "--batch-size", "2") == first
+    assert (
+        run_generate(model, prompts, tmp_path / "two.jsonl", "--processes", "2", "--batch-size", "2") == first
+    )
+    assert run_generate(model, prompts, tmp_path / "other.jsonl", "--seed", "1") != first
+
+
+def test_generate_goes_on_where_it_stopped_and_only_with_the_same_settings(
+    model, prompts, tmp_path, capsys, monkeypatch
+):
+    first = run_generate(model, prompts, tmp_path / "first.jsonl")
+    output = tmp_path / "groups.jsonl"
+
+    def fails(*arguments, **named):
+        sampler = start(*arguments, **named)
+        batches = iter([sampler])
+
+        def worker(batch):
+            if (work := next(batches, None)) is None:
+                raise OSError("No space left on device")
+            return work(batch)
+
+        return worker
+
+    start = generate.start_sampler
+    monkeypatch.setattr(generate, "start_sampler", fails)
+    with pytest.raises(SystemExit, match="No space left"):
+        run_generate(model, prompts, output, "--batch-size", "2")
+    monkeypatch.setattr(generate, "start_sampler", start)
+    assert not output.exists()
+    with pytest.raises(
+        SystemExit, match=r"groups\.jsonl\.parts holds .* --temperature was 1\.0 and not 0\.5"
+    ):
+        run_generate(model, prompts, output, "--temperature", "0.5")
+    records = read(prompts)
+    write(prompts, [*records[:2], records[2] | {"prompt": "Say four."}])
+    with pytest.raises(SystemExit, match="the record 'c' was another"):
+        run_generate(model, prompts, output)
+    write(prompts, [*records[:2], records[2] | {"note": "goes nowhere"}])
+    capsys.readouterr()
+    assert run_generate(model, prompts, output) == first
+    assert "1 of 3 groups are there already" in capsys.readouterr().out
+
+
+def test_a_model_that_was_trained_on_is_another(model, prompts, tmp_path, monkeypatch):
+    copy = shutil.copytree(model, tmp_path / "model")
+    output = tmp_path / "groups.jsonl"
+    monkeypatch.setattr(generate, "work_off", lambda *a, **b: None)
+    with pytest.raises(SystemExit, match="start the run again"):
+        run_generate(copy, prompts, output)
+    shutil.copytree(make_llama(tmp_path / "trained", seed=1), copy, dirs_exist_ok=True)
+    with pytest.raises(SystemExit, match="the model in --model was"):
+        run_generate(copy, prompts, output)
+
+
 def test_generate_takes_a_split_and_a_limit(model, prompts, tmp_path):
     output = tmp_path / "groups.jsonl"
     assert [g["id"] for g in run_generate(model, prompts, output, "--split", "train")] == ["a", "c"]
@@ -168,6 +226,10 @@ def test_paths_and_options_that_lead_nowhere(model, prompts, tmp_path, capsys):
         run_generate(model, prompts, tmp_path / "out.jsonl", "--limit", "0")
     with pytest.raises(SystemExit, match=r"temperature=0\.0 must be above 0"):
         run_generate(model, prompts, tmp_path / "out.jsonl", "--temperature", "0")
+    with pytest.raises(SystemExit, match="--processes 0 must be at least 1"):
+        run_generate(model, prompts, tmp_path / "out.jsonl", "--processes", "0")
+    with pytest.raises(SystemExit, match=r"batch_size=1 .* 2 samples"):
+        run_generate(model, prompts, tmp_path / "out.jsonl", "--batch-size", "1")
     with pytest.raises(SystemExit, match="2"):
         score.main(["--input", str(prompts)])
     assert "--output is missing" in capsys.readouterr().err

@@ -1,0 +1,77 @@
+"""What is asked of a sampler, the random numbers of each sample, and the batches that prompts are sampled in."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpo_megatron.errors import UserError
+from mpo_megatron.rollout.records import Record
+from mpo_megatron.rollout.work import Worker
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn; raises UserError for values that cannot sample."""
+
+    samples: int  # of each prompt
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.max_new_tokens < 1:
+            raise UserError(
+                f"samples={self.samples} and max_new_tokens={self.max_new_tokens} must be at least 1; raise them"
+            )
+        if not self.temperature > 0:
+            raise UserError(
+                f"temperature={self.temperature} must be above 0: samples would all be the same; try 1.0"
+            )
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p={self.top_p} must be above 0 and at most 1; 1.0 samples from all tokens")
+
+
+def uniforms(seed: int, prompt_id: str, sample: int, count: int) -> np.ndarray:
+    """[count] float64 in [0, 1) for the tokens of a sample; the same first numbers for any `count`."""
+    digest = hashlib.sha256(f"{seed}/{sample}/{prompt_id}".encode(errors="surrogatepass")).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16]))).random(count)
+
+
+def prompt_batches(records: Sequence[Record], samples: int, batch_size: int) -> list[list[Record]]:
+    """The prompts in batches of at most `batch_size` sequences (prompts x samples), those of like length together.
+
+    The longest first: a batch that does not fit in memory fails at once, not at the end.
+    Raises UserError if a batch does not hold a prompt's samples.
+    """
+    if batch_size < samples:
+        raise UserError(
+            f"batch_size={batch_size} counts sequences and must hold a prompt's {samples} samples; raise it"
+        )
+    ordered = sorted(records, key=lambda record: -len(record["prompt"]))
+    size = batch_size // samples
+    return [ordered[first : first + size] for first in range(0, len(ordered), size)]
+
+
+def start_sampler(
+    model_path: str, sampling: Sampling, dtype: str, device: str | None, processes: int, number: int
+) -> Worker:
+    """The sampler of process `number`; of several processes each has its share of the cores, and a GPU in turn.
+
+    Args:
+        device: torch's name; None: a GPU where there is one.
+    """
+    import os
+
+    import torch
+
+    from mpo_megatron.rollout.sampling import HuggingFaceSampler
+
+    if processes > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    if device is None:
+        gpus = torch.cuda.device_count()
+        device = f"cuda:{number % gpus}" if gpus else "cpu"
+    return HuggingFaceSampler(model_path, sampling, dtype=dtype, device=device)
