@@ -58,20 +58,9 @@ def prompt_batches(records: Sequence[Record], samples: int, batch_size: int) -> 
 def start_sampler(
     model_path: str, sampling: Sampling, dtype: str, device: str | None, processes: int, number: int
 ) -> Worker:
-    """The sampler of process `number`; of several processes each has its share of the cores, and a GPU in turn.
-
-    Args:
-        device: torch's name; None: a GPU where there is one.
-    """
-    import os
-
-    import torch
-
+    """The sampler of process `number`; see `devices.place`."""
+    # Imported here so that the tool answers --help and wrong paths at once.
+    from mpo_megatron.rollout.devices import place
     from mpo_megatron.rollout.sampling import HuggingFaceSampler
 
-    if processes > 1:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
-    if device is None:
-        gpus = torch.cuda.device_count()
-        device = f"cuda:{number % gpus}" if gpus else "cpu"
-    return HuggingFaceSampler(model_path, sampling, dtype=dtype, device=device)
+    return HuggingFaceSampler(model_path, sampling, dtype=dtype, device=place(device, processes, number))

@@ -14,7 +14,7 @@ Record = dict[str, Any]
 
 
 def read_prompts(path: Path) -> list[Record]:
-    """The records {"id", "prompt", "constraints", "topic_words"?, "split"?} of a JSONL file, checked.
+    """The records {"id", "prompt", "constraints"?, "topic_words"?, "split"?} of a JSONL file, checked.
 
     Raises:
         UserError: the file is missing or empty, a line is broken, lacks a field or has one of the wrong kind, an id
@@ -23,9 +23,13 @@ def read_prompts(path: Path) -> list[Record]:
     return _read(path, _check_prompt)
 
 
-def read_groups(path: Path) -> list[Record]:
-    """`read_prompts`, each record with "responses": [{"text", "finish_reason", "score"?}, ...], at least one."""
-    return _read(path, _check_group)
+def read_groups(path: Path, *, constraints: bool = True) -> list[Record]:
+    """`read_prompts`, each record with "responses": [{"text", "finish_reason", "score"?}, ...], at least one.
+
+    Args:
+        constraints: whether each must have "constraints".
+    """
+    return _read(path, _check_constrained if constraints else _check_group)
 
 
 def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
@@ -67,13 +71,24 @@ def _check_prompt(record: object) -> None:
     for name in ("id", "prompt"):
         if not isinstance(record.get(name), str) or not record[name].strip():
             raise UserError(f"{name}={record.get(name)!r} must be a text that is not empty; add it")
-    if not isinstance(record.get("constraints"), list) or not record["constraints"]:
-        raise UserError(f"constraints={record.get('constraints')!r} must be a list of at least one; add it")
-    for constraint in record["constraints"]:
-        check_constraint(constraint)
+    if "constraints" in record:
+        _check_constraints(record["constraints"])
     topics = record.get("topic_words", [])
     if not isinstance(topics, list) or not all(isinstance(topic, str) and topic.strip() for topic in topics):
         raise UserError(f"topic_words={topics!r} must be a list of words; correct it or leave it out")
+
+
+def _check_constraints(constraints: object) -> None:
+    if not isinstance(constraints, list) or not constraints:
+        raise UserError(f"constraints={constraints!r} must be a list of at least one; add it")
+    for constraint in constraints:
+        check_constraint(constraint)
+
+
+def _check_constrained(record: object) -> None:
+    _check_group(record)
+    assert isinstance(record, dict)
+    _check_constraints(record.get("constraints"))
 
 
 def _check_group(record: object) -> None:

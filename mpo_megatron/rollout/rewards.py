@@ -99,7 +99,7 @@ def summarise_by_type(groups: Iterable[Mapping[str, Any]]) -> dict[str, Summary]
     """`summarise` for each type of constraint, largest first; a group with two types counts under both."""
     by_type: dict[str, list[Mapping[str, Any]]] = {}
     for group in groups:
-        for kind in {constraint["type"] for constraint in group["constraints"]}:
+        for kind in {constraint["type"] for constraint in group.get("constraints", ())}:
             by_type.setdefault(kind, []).append(group)
     return {
         kind: summarise(by_type[kind])

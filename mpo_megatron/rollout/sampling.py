@@ -13,10 +13,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mpo_megatron.errors import UserError
+from mpo_megatron.rollout.devices import dtype_of
 from mpo_megatron.rollout.generation import Sampling, uniforms
 from mpo_megatron.rollout.records import Record
-
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class HuggingFaceSampler:
@@ -33,12 +32,12 @@ class HuggingFaceSampler:
 
         Raises UserError for an unknown dtype, and for a tokenizer that has no chat template or no end-of-turn token.
         """
-        if dtype not in DTYPES:
-            raise UserError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
         self._sampling = sampling
         self._device = device
         self._tokenizer = chat_tokenizer(model_path)
-        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=DTYPES[dtype], trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            model_path, dtype=dtype_of(dtype), trust_remote_code=False
+        )
         self._model = model.to(device).eval()
         self._stop_ids = stop_ids(model.generation_config.eos_token_id, self._tokenizer)
 

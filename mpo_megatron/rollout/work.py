@@ -3,6 +3,8 @@
 A `Worker` maps the records of a batch to their values, one each, and the number of tokens that it read or wrote for
 them. It is made once in each process by a `StartWorker` (which must be picklable: a function of a module, or a
 `functools.partial` of one), from the process's number.
+
+The value of a record may be a `Failure`: it is not kept, the others are, and a later start tries it again.
 """
 
 import multiprocessing
@@ -11,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,40 +23,51 @@ from mpo_megatron.errors import UserError
 from mpo_megatron.rollout.parts import Parts, ShardWriter
 from mpo_megatron.rollout.records import Record
 
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a record has no value."""
+
+    reason: str
+
+
 Worker = Callable[[list[Record]], tuple[list[Any], int]]
 StartWorker = Callable[[int], Worker]
 Batch = list[Record]
+# Records, tokens and failures of a batch.
+_Done = tuple[int, int, dict[str, Failure]]
 
 
 def work_off(
     parts: Parts, batches: Sequence[Batch], start: StartWorker, *, processes: int, total: int, unit: str
-) -> int:
+) -> dict[str, Failure]:
     """Give every batch to a worker and append what it returns to the process's shard in `parts`.
 
     Args:
         total: records of the whole run; those that are in no batch were finished before.
         unit: what a record is, for the progress line.
 
-    Returns the tokens that the workers counted.
+    Returns the failures by the records' ids.
 
     Raises:
         UserError: a worker's, or one of the processes has died. What was finished is kept.
     """
     tokens = 0
+    failures: dict[str, Failure] = {}
     waiting = sum(map(len, batches))
     with tqdm(total=total, initial=total - waiting, unit=unit) as progress:
-        for records, more in _done(parts.folder, batches, start, processes):
+        for records, more, failed in _done(parts.folder, batches, start, processes):
             tokens += more
+            failures |= failed
             progress.update(records)
-            seconds = progress.format_dict["elapsed"]
-            progress.set_postfix_str(f"{tokens / max(seconds, 1e-9):.0f} tokens/s")
-    return tokens
+            if tokens:
+                seconds = progress.format_dict["elapsed"]
+                progress.set_postfix_str(f"{tokens / max(seconds, 1e-9):.0f} tokens/s")
+    return failures
 
 
-def _done(
-    folder: Path, batches: Sequence[Batch], start: StartWorker, processes: int
-) -> Iterator[tuple[int, int]]:
-    """(records, tokens) of each batch as it is done."""
+def _done(folder: Path, batches: Sequence[Batch], start: StartWorker, processes: int) -> Iterator[_Done]:
+    """What each batch came to, as it is done."""
     if processes == 1:
         process = _Process(folder, start)
         try:
@@ -89,14 +103,17 @@ class _Process:
         self._writer: ShardWriter | None = None
         self._worker: Worker | None = None
 
-    def work(self, batch: Batch) -> tuple[int, int]:
+    def work(self, batch: Batch) -> _Done:
         if self._writer is None:
             self._writer = ShardWriter(self._folder)
         if self._worker is None:
             self._worker = self._start(self._writer.number)
         values, tokens = self._worker(batch)
-        self._writer.append([record["id"] for record in batch], values)
-        return len(batch), tokens
+        by_id = {record["id"]: value for record, value in zip(batch, values, strict=True)}
+        failed = {name: value for name, value in by_id.items() if isinstance(value, Failure)}
+        whole = {name: value for name, value in by_id.items() if name not in failed}
+        self._writer.append(whole, whole.values())
+        return len(batch), tokens, failed
 
     def close(self) -> None:
         if self._writer is not None:
@@ -122,6 +139,6 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(batch: Batch) -> tuple[int, int]:
+def _work(batch: Batch) -> _Done:
     assert _process is not None
     return _process.work(batch)

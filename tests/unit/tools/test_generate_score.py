@@ -187,7 +187,7 @@ def test_generate_takes_a_split_and_a_limit(model, prompts, tmp_path):
     [
         ('{"id": "b", "prompt"', r"prompts.jsonl:2: not valid JSON"),
         ("[]", r"prompts.jsonl:2: found list"),
-        ('{"id": "b", "prompt": "x"}', r"prompts.jsonl:2: constraints=None must be a list"),
+        ('{"id": "b", "prompt": "x", "constraints": []}', r"prompts.jsonl:2: constraints=\[\] must be a list"),
         ('{"id": "b", "prompt": "x", "constraints": [{"type": "rhymes"}]}', r":2: constraint type 'rhymes' is unknown"),
         ('{"id": 7, "prompt": "x", "constraints": [{"type": "no_commas"}]}', r":2: id=7 must be a text"),
         ('{"id": "a", "prompt": "x", "constraints": [{"type": "no_commas"}]}', r":2: the id 'a' occurs twice"),
@@ -215,6 +215,13 @@ def test_score_names_what_is_wrong_with_a_group(tmp_path, responses, message):
     path = write(tmp_path / "groups.jsonl", [PROMPT_RECORDS[0] | {"responses": responses}])
     with pytest.raises(SystemExit, match=message):
         score.main(["--input", str(path), "--summary-only"])
+
+
+def test_constraints_are_needed_to_score_by_them(model, tmp_path):
+    prompts = write(tmp_path / "prompts.jsonl", [{"id": "a", "prompt": "Name a colour."}])
+    run_generate(model, prompts, tmp_path / "groups.jsonl")
+    with pytest.raises(SystemExit, match=r"groups\.jsonl:1: constraints=None must be a list"):
+        score.main(["--input", str(tmp_path / "groups.jsonl"), "--summary-only"])
 
 
 def test_paths_and_options_that_lead_nowhere(model, prompts, tmp_path, capsys):

@@ -1,0 +1,30 @@
+"""Where a process's model runs, and in what type."""
+
+import os
+
+import torch
+
+from mpo_megatron.errors import UserError
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Raises UserError for a name that is not in `DTYPES`."""
+    if name not in DTYPES:
+        raise UserError(f"dtype {name!r} is unknown; use one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def place(device: str | None, processes: int, number: int) -> str:
+    """The device of process `number`. Of several processes each takes its share of the cores, and the GPUs in turn.
+
+    Args:
+        device: torch's name; None: a GPU where there is one.
+    """
+    if processes > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    if device is None:
+        gpus = torch.cuda.device_count()
+        return f"cuda:{number % gpus}" if gpus else "cpu"
+    return device
