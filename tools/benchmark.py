@@ -1,6 +1,7 @@
 """Measure what this project claims: one sub-command a claim.
 
-    python tools/benchmark.py shared-prompt|trl|unshared|two-pass|plan|head|step|attention|mfu|convert|checkpoint
+    python tools/benchmark.py shared-prompt|trl|unshared|two-pass|plan|head|step|attention|mfu|convert|checkpoint|
+                              generate
                               [--quick] [--repeats N] [--threads N] ...
     python tools/benchmark.py all --output FILE [--quick] ...
 
@@ -32,6 +33,7 @@ BENCHMARKS = {
     "mfu": "model FLOPs utilisation of training steps on layers of Llama 3 8B",
     "convert": "memory of checkpoint conversion against its bound",
     "checkpoint": "memory of writing and reading a run's checkpoints, by form",
+    "generate": "tokens per second of samples in a batch against one sequence at a time",
 }
 MARKER = "<!-- benchmarks -->"
 
@@ -53,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
             _module(name).add_arguments(parser)
     everything = choices.add_parser("all", help="all of them, into a Markdown file", parents=[common])
     everything.add_argument("--output", type=Path, required=True)
-    everything.add_argument("--model", help="Hugging Face folder for trl and step")
+    everything.add_argument("--model", help="Hugging Face folder for trl, step and generate")
     parsed = command.parse_args(arguments)
     if parsed.repeats < 1:
         command.error(f"--repeats {parsed.repeats} must be 1 or more")
@@ -87,7 +89,7 @@ def _run_all(parsed: argparse.Namespace) -> int:
         for name in BENCHMARKS:
             more = ["--quick"] if parsed.quick else []
             more += ["--threads", str(parsed.threads)] if parsed.threads else []
-            more += ["--model", parsed.model] if parsed.model and name in ("trl", "step") else []
+            more += ["--model", parsed.model] if parsed.model and name in ("trl", "step", "generate") else []
             command = [sys.executable, __file__, name, "--repeats", str(parsed.repeats), *more]
             print(f"== {name}", flush=True)
             if subprocess.run([*command, "--markdown", str(tables)], check=False).returncode:

@@ -1,4 +1,4 @@
-"""Samples several responses to each prompt of a JSONL file with a Hugging Face chat model.
+"""Samples several responses to each prompt of a JSONL file with a chat model, in transformers or vLLM.
 
     python tools/generate.py --model MODEL_DIR --prompts examples/data/prompts.jsonl --split train --output groups.jsonl
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mpo_megatron.errors import UserError
-from mpo_megatron.rollout.generation import Sampling, prompt_batches, start_sampler
+from mpo_megatron.rollout.generation import Sampling, prompt_batches, start_sampler, start_vllm
 from mpo_megatron.rollout.parts import begin, digest_of, digest_of_folder
 from mpo_megatron.rollout.records import Record, read_prompts
 from mpo_megatron.rollout.work import work_off
@@ -31,9 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Sample several responses to each prompt with a Hugging Face chat model."
-    )
+    parser = argparse.ArgumentParser(description="Sample several responses to each prompt with a chat model.")
     add = parser.add_argument
     add(
         "--model",
@@ -70,8 +68,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--batch-size",
         type=int,
-        default=128,
-        help="sequences (prompts x samples) that are sampled together (default %(default)s)",
+        default=None,
+        help="sequences (prompts x samples) that are sampled together (default 128, with vllm 8192)",
     )
     add("--seed", type=int, default=0, help="same seed and settings, same responses (default %(default)s)")
     add(
@@ -88,11 +86,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add(
         "--backend",
-        choices=("hf",),
+        choices=("hf", "vllm"),
         default="hf",
-        help="what samples; hf is the model in transformers (default %(default)s)",
+        help="what samples: the model in transformers, or vLLM, on GPUs (default %(default)s)",
     )
-    add("--device", default=None, help="torch device; left out: cuda where there is one, otherwise cpu")
+    add("--device", default=None, help="torch device of hf; left out: cuda where there is one, otherwise cpu")
+    add(
+        "--gpus-per-process",
+        type=int,
+        default=1,
+        help="GPUs that each process of vllm puts the model on (default %(default)s)",
+    )
     add(
         "--split",
         choices=("train", "validation", "all"),
@@ -106,12 +110,19 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def generate(args: argparse.Namespace) -> None:
     if not args.model.is_dir():
         raise UserError(f"--model {args.model} is not a folder; give a Hugging Face model's folder")
-    if args.processes < 1:
-        raise UserError(f"--processes {args.processes} must be at least 1")
+    if args.processes < 1 or args.gpus_per_process < 1:
+        raise UserError(
+            f"--processes {args.processes} and --gpus-per-process {args.gpus_per_process} must be at least 1"
+        )
+    if args.batch_size is None:
+        args.batch_size = max(args.samples, 8192 if args.backend == "vllm" else 128)
     prompts = select(read_prompts(args.prompts), args)
     sampling = Sampling(args.samples, args.temperature, args.top_p, args.max_new_tokens, args.seed)
     prompt_batches([], args.samples, args.batch_size)  # checks them
-    start = partial(start_sampler, str(args.model), sampling, args.dtype, args.device, args.processes)
+    if args.backend == "vllm":
+        start = partial(start_vllm, str(args.model), sampling, args.dtype, args.gpus_per_process)
+    else:
+        start = partial(start_sampler, str(args.model), sampling, args.dtype, args.device, args.processes)
     inputs = {record["id"]: digest_of(kept_fields(record)) for record in prompts}
     with begin(args.output, settings_of(args), inputs) as parts:
         finished = parts.finished()

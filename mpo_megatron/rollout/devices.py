@@ -6,7 +6,7 @@ import torch
 
 from mpo_megatron.errors import UserError
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
 def dtype_of(name: str) -> torch.dtype:

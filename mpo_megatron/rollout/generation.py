@@ -58,9 +58,16 @@ def prompt_batches(records: Sequence[Record], samples: int, batch_size: int) -> 
 def start_sampler(
     model_path: str, sampling: Sampling, dtype: str, device: str | None, processes: int, number: int
 ) -> Worker:
-    """The sampler of process `number`; see `devices.place`."""
+    """The sampler of process `number` in transformers; see `devices.place`."""
     # Imported here so that the tool answers --help and wrong paths at once.
     from mpo_megatron.rollout.devices import place
     from mpo_megatron.rollout.sampling import HuggingFaceSampler
 
     return HuggingFaceSampler(model_path, sampling, dtype=dtype, device=place(device, processes, number))
+
+
+def start_vllm(model_path: str, sampling: Sampling, dtype: str, gpus: int, number: int) -> Worker:
+    """The sampler of process `number` in vLLM, on `gpus` GPUs of its own."""
+    from mpo_megatron.rollout.vllm_sampling import VllmSampler
+
+    return VllmSampler(model_path, sampling, dtype=dtype, gpus=gpus, number=number)

@@ -43,7 +43,7 @@ class Parts:
         Raises UserError for a line that no run wrote.
         """
         places: dict[str, tuple[Path, int]] = {}
-        for shard in sorted(self.folder.glob("[0-9]*.jsonl")):
+        for shard in _shards(self.folder):
             offset = 0
             with shard.open("rb") as file:
                 for number, line in enumerate(file, start=1):
@@ -67,9 +67,7 @@ class Parts:
         Raises UserError if a record is not finished.
         """
         write_jsonl(output, (assemble(record, value) for record, value in self._values(records)))
-        # First, so that what a kill leaves here is never taken for the parts of another run.
-        (self.folder / _MANIFEST).unlink()
-        shutil.rmtree(self.folder)
+        _remove(self.folder)
 
     def _values(self, records: Sequence[Record]) -> Iterator[tuple[Record, Any]]:
         places = self.finished()
@@ -144,13 +142,34 @@ def begin(output: Path, settings: Mapping[str, Any], inputs: Mapping[str, str]) 
         _compare_or_write(folder, {"settings": dict(settings), "inputs": dict(inputs)})
         yield Parts(folder)
     finally:
+        # A run that ended before it finished anything has nothing to go on with.
+        if folder.is_dir() and not _has_lines(folder):
+            _remove(folder)
         lock.release()
+
+
+def _shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("[0-9]*.jsonl"))
+
+
+def _has_lines(folder: Path) -> bool:
+    for shard in _shards(folder):
+        with shard.open("rb") as file:
+            if file.readline().endswith(b"\n"):
+                return True
+    return False
+
+
+def _remove(folder: Path) -> None:
+    # First the manifest: what a kill leaves here is never taken for the parts of another run.
+    (folder / _MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder)
 
 
 def _compare_or_write(folder: Path, manifest: dict[str, Any]) -> None:
     path = folder / _MANIFEST
-    if not path.is_file():
-        for shard in folder.glob("[0-9]*.jsonl"):
+    if not path.is_file() or not _has_lines(folder):
+        for shard in _shards(folder):
             shard.unlink()
         temporary = path.with_suffix(".partial")
         temporary.write_text(json.dumps(manifest, ensure_ascii=False), encoding="utf-8")

@@ -57,7 +57,7 @@ class HuggingFaceSampler:
             for sample in range(samples)
         ]
         with torch.inference_mode():
-            rows = _sample_batch(
+            rows = sample_rows(
                 self._model,
                 batch["input_ids"],
                 batch["attention_mask"],
@@ -70,7 +70,7 @@ class HuggingFaceSampler:
         return groups, sum(map(len, rows))
 
 
-def _sample_batch(
+def sample_rows(
     model: PreTrainedModel,
     input_ids: Tensor,
     attention_mask: Tensor,

@@ -53,6 +53,7 @@ MAY_IMPORT = {
         "objectives",
         "conversion",
         "planning",
+        "rollout",
         "training",
     },
 }

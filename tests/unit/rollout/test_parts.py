@@ -147,6 +147,17 @@ def test_changed_and_new_records_are_refused(tmp_path, monkeypatch):
         run(output, records=[*RECORDS, {"id": "x", "text": ""}])
 
 
+def test_a_run_that_finished_nothing_leaves_nothing(tmp_path):
+    output = tmp_path / "out.jsonl"
+    with pytest.raises(UserError, match="stopped"):
+        run(output, start=stop_after(0))
+    assert os.listdir(tmp_path) == []
+    # Nor does what it had when it was killed bind the next.
+    folder = begun(output)
+    (folder / "00000.jsonl").write_bytes(b'{"id": "r0", "val')
+    assert len(run(output, settings={})) == 12
+
+
 def test_a_damaged_manifest_and_one_that_is_missing(tmp_path):
     output = tmp_path / "out.jsonl"
     manifest = begun(output) / "manifest.json"

@@ -13,6 +13,7 @@ from mpo_megatron.rollout.armo_rm import HEADER, ArmoRM
 from mpo_megatron.rollout.pair_ranker import FIRST, SECOND, SOURCE, DebertaV2PairRM, PairRanker
 from mpo_megatron.rollout.reward_models import RewardModel, batches_by_length
 from mpo_megatron.rollout.work import Failure
+from tests.helpers.models import compute_in_float64
 from tests.helpers.reward_models import load_tokenizer, make_armo_rm, make_classifier, make_pair_ranker
 from tests.helpers.tokenizers import CHATML
 
@@ -25,18 +26,28 @@ GROUPS: list[dict[str, Any]] = [
     {"id": name, "prompt": prompt, "responses": [{"text": text} for text in texts]}
     for name, (prompt, texts) in zip("abc", TEXTS.items(), strict=True)
 ]
-SETTINGS: dict[str, Any] = {"dtype": "float32", "device": "cpu", "batch_tokens": 200}
+SETTINGS: dict[str, Any] = {"dtype": "float64", "device": "cpu", "batch_tokens": 200}
 
 
 def score(folder: Path, groups=GROUPS, **changes) -> list:
-    values, tokens = RewardModel(str(folder), **{**SETTINGS, **changes})(groups)
+    scorer = RewardModel(str(folder), **{**SETTINGS, **changes})
+    exact(scorer._model)
+    values, tokens = scorer(groups)
     assert tokens > 0
     return values
 
 
+def exact(model: Any) -> Any:
+    """Have a Llama compute in float64 throughout; transformers' norms are in float32."""
+    model.eval()
+    if model.config.model_type == "llama":
+        compute_in_float64(model)
+    return model
+
+
 def one_by_one(folder: Path) -> list[list[torch.Tensor]]:
     """The outputs [K] of transformers' own class for each response alone."""
-    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    model = exact(AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float64))
     tokenizer = load_tokenizer(folder)
     found: list[list[torch.Tensor]] = []
     for group in GROUPS:
@@ -56,7 +67,7 @@ def one_by_one(folder: Path) -> list[list[torch.Tensor]]:
 
 
 def close(values: list, expected: list[list[float]]) -> bool:
-    return all(a == pytest.approx(b, abs=2e-5) for a, b in zip(values, expected, strict=True))
+    return all(a == pytest.approx(b, abs=1e-10) for a, b in zip(values, expected, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -83,7 +94,8 @@ def test_a_batch_has_the_scores_of_each_alone(tmp_path, options, batch_tokens):
 def test_several_outputs_by_their_weights(tmp_path):
     folder = make_classifier(tmp_path, num_labels=3)
     expected = [
-        [float(logits @ torch.tensor([0.5, -1.0, 2.0])) for logits in group] for group in one_by_one(folder)
+        [float(logits @ torch.tensor([0.5, -1.0, 2.0]).double()) for logits in group]
+        for group in one_by_one(folder)
     ]
     assert close(score(folder, weights=[0.5, -1.0, 2.0]), expected)
     with pytest.raises(UserError, match=r"has 3 outputs; say .* --objective-weights 1,0,0"):
@@ -95,7 +107,7 @@ def test_several_outputs_by_their_weights(tmp_path):
 def test_armo_rm_is_its_formula(tmp_path):
     folder = make_armo_rm(tmp_path)
     values = score(folder)
-    model = ArmoRM.from_pretrained(folder).eval()
+    model = exact(ArmoRM.from_pretrained(folder, dtype=torch.float64))
     tokenizer = load_tokenizer(folder)
     for group, found in zip(GROUPS, values, strict=True):
         for response, value in zip(group["responses"], found, strict=True):
@@ -116,7 +128,7 @@ def test_armo_rm_is_its_formula(tmp_path):
                 expected = sum(
                     gate[k] * sum(rewards[m] * model.reward_transform_matrix[m, k] for m in range(5)) for k in range(5)
                 )  # fmt: skip
-            assert value == pytest.approx(float(expected), abs=2e-5)
+            assert value == pytest.approx(float(expected), abs=1e-10)
     assert len({round(value, 3) for group in values for value in group}) == 8
 
 
@@ -164,7 +176,7 @@ def test_batches_by_length():
 
 def compared(folder: Path, prompt: str, first: str, second: str) -> float:
     """f(first, second) of a pair alone."""
-    model = DebertaV2PairRM.from_pretrained(folder).eval()
+    model = exact(DebertaV2PairRM.from_pretrained(folder, dtype=torch.float64))
     tokenizer = load_tokenizer(folder)
     parts = [SOURCE + prompt, FIRST + first, SECOND + second]
     ids = [token for part in parts for token in tokenizer(part)["input_ids"]]
@@ -183,18 +195,20 @@ def test_pair_scores_are_the_least_squares_of_the_comparisons(tmp_path, batch_to
     for group, found in zip(GROUPS, values, strict=True):
         texts = [response["text"] for response in group["responses"]]
         n = len(texts)
-        rows, wanted = [torch.ones(n)], [0.0]  # the sum is 0
+        rows, wanted = [torch.ones(n).double()], [0.0]  # the sum is 0
         for i in range(n):
             for j in range(n):
                 if i != j:
-                    rows.append(torch.eye(n)[i] - torch.eye(n)[j])
+                    rows.append((torch.eye(n)[i] - torch.eye(n)[j]).double())
                     both = [
                         compared(folder, group["prompt"], texts[a], texts[b]) for a, b in ((i, j), (j, i))
                     ]
                     wanted.append((both[0] - both[1]) / 2)
-        expected = torch.linalg.lstsq(torch.stack(rows), torch.tensor(wanted)[:, None]).solution[:, 0]
+        expected = torch.linalg.lstsq(
+            torch.stack(rows), torch.tensor(wanted, dtype=torch.float64)[:, None]
+        ).solution[:, 0]
         assert expected.abs().max() > 0.01
-        assert found == pytest.approx(expected.tolist(), abs=2e-5)
+        assert found == pytest.approx(expected.tolist(), abs=1e-10)
 
 
 def test_marks_in_a_text_are_no_marks(tmp_path):

@@ -1,11 +1,14 @@
 import importlib.util
 import json
 import shutil
+import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
+from mpo_megatron.rollout import parts
 from mpo_megatron.rollout.rewards import verified_score
 from tests.helpers.models import make_llama
 
@@ -166,12 +169,35 @@ def test_generate_goes_on_where_it_stopped_and_only_with_the_same_settings(
 def test_a_model_that_was_trained_on_is_another(model, prompts, tmp_path, monkeypatch):
     copy = shutil.copytree(model, tmp_path / "model")
     output = tmp_path / "groups.jsonl"
-    monkeypatch.setattr(generate, "work_off", lambda *a, **b: None)
-    with pytest.raises(SystemExit, match="start the run again"):
-        run_generate(copy, prompts, output)
+    with monkeypatch.context() as patched:
+        patched.setattr(parts.Parts, "merge", lambda *arguments: sys.exit("killed"))
+        with pytest.raises(SystemExit, match="killed"):
+            run_generate(copy, prompts, output)
     shutil.copytree(make_llama(tmp_path / "trained", seed=1), copy, dirs_exist_ok=True)
     with pytest.raises(SystemExit, match="the model in --model was"):
         run_generate(copy, prompts, output)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_vllm_without_a_gpu_is_one_sentence(model, prompts, tmp_path, processes):
+    with pytest.raises(
+        SystemExit, match=r"--backend vllm needs a GPU, and torch finds none here; .*--backend hf"
+    ):
+        run_generate(model, prompts, tmp_path / "out.jsonl", "--backend", "vllm", "--processes", processes)
+    # Nothing is left that would stand in the way of another backend.
+    assert len(run_generate(model, prompts, tmp_path / "out.jsonl")) == 3
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+def test_vllm_that_is_not_installed_is_one_sentence(model, prompts, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(
+        SystemExit, match=r"vLLM does not load .*pip install 'mpo-megatron\[vllm\]'.*--backend hf"
+    ):
+        run_generate(model, prompts, tmp_path / "out.jsonl", "--backend", "vllm")
+    with pytest.raises(SystemExit, match="process 1 needs 2 GPUs and 1 of 1 are left for it"):
+        run_generate(model, prompts, tmp_path / "out.jsonl", "--backend", "vllm", "--gpus-per-process", "2")
 
 
 def test_generate_takes_a_split_and_a_limit(model, prompts, tmp_path):
@@ -233,8 +259,9 @@ def test_paths_and_options_that_lead_nowhere(model, prompts, tmp_path, capsys):
         run_generate(model, prompts, tmp_path / "out.jsonl", "--limit", "0")
     with pytest.raises(SystemExit, match=r"temperature=0\.0 must be above 0"):
         run_generate(model, prompts, tmp_path / "out.jsonl", "--temperature", "0")
-    with pytest.raises(SystemExit, match="--processes 0 must be at least 1"):
-        run_generate(model, prompts, tmp_path / "out.jsonl", "--processes", "0")
+    for option in ("--processes", "--gpus-per-process"):
+        with pytest.raises(SystemExit, match=f"{option} 0.* must be at least 1"):
+            run_generate(model, prompts, tmp_path / "out.jsonl", option, "0")
     with pytest.raises(SystemExit, match=r"batch_size=1 .* 2 samples"):
         run_generate(model, prompts, tmp_path / "out.jsonl", "--batch-size", "1")
     with pytest.raises(SystemExit, match="2"):

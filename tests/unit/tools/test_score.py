@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mpo_megatron.data import read_groups as read_training_groups
+from mpo_megatron.rollout import parts
 from mpo_megatron.rollout.pair_ranker import PairRanker
 from mpo_megatron.rollout.reward_models import RewardModel
 from tests.helpers.judge_server import completion, failure, judge_server
@@ -179,8 +181,8 @@ def test_another_model_is_not_gone_on_with(groups, tmp_path, monkeypatch):
     folder = make_classifier(tmp_path / "model")
     options = ("--scorer", "reward-model", "--model", str(folder), "--device", "cpu")
     with monkeypatch.context() as patched:
-        patched.setattr(score, "work_off", lambda *a, **b: {})
-        with pytest.raises(SystemExit, match="start the run again"):
+        patched.setattr(parts.Parts, "merge", lambda *arguments: sys.exit("killed"))
+        with pytest.raises(SystemExit, match="killed"):
             run(groups, *options)
     with pytest.raises(SystemExit, match="--scorer was 'reward-model' and not 'function'"):
         run(groups, "--scorer", "function", "--function", "os.path.join")
