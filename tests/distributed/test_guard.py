@@ -149,8 +149,10 @@ def test_all_ranks_leave_out_what_is_not_finite_on_one(
     assert ranks(world).run(job_with, overrides, [3, 6], value, timeout=240) == [""] * world
     expected, found = exact(left_out), exact(tmp_path / "run")
     assert [line["step"] for line in found] == [line["step"] for line in expected]
+    # After six updates in float32, of norms that other layouts add up in another order.
     for name in ("loss", "reward_margin", "grad_norm"):
-        assert [line[name] for line in found] == pytest.approx([line[name] for line in expected], abs=2e-5)
+        wanted = [line[name] for line in expected]
+        assert [line[name] for line in found] == pytest.approx(wanted, rel=2e-4, abs=2e-5)
     skipped = metrics(tmp_path / "run", "skipped")
     assert [line["step"] for line in skipped] == [3, 6]
     for line, reference in zip(skipped, metrics(left_out, "skipped"), strict=True):
