@@ -149,10 +149,11 @@ def test_all_ranks_leave_out_what_is_not_finite_on_one(
     assert ranks(world).run(job_with, overrides, [3, 6], value, timeout=240) == [""] * world
     expected, found = exact(left_out), exact(tmp_path / "run")
     assert [line["step"] for line in found] == [line["step"] for line in expected]
-    # After six updates in float32, of norms that other layouts add up in another order.
-    for name in ("loss", "reward_margin", "grad_norm"):
+    # The two steps that are left out change each of these by 2e-3 to 2.4. A norm in float32, after six updates, is 3e-5
+    # of itself from one rank's at two tensor-parallel ones.
+    for name, rtol in (("loss", 0.0), ("reward_margin", 0.0), ("grad_norm", 1e-4)):
         wanted = [line[name] for line in expected]
-        assert [line[name] for line in found] == pytest.approx(wanted, rel=2e-4, abs=2e-5)
+        assert [line[name] for line in found] == pytest.approx(wanted, rel=rtol, abs=2e-5)
     skipped = metrics(tmp_path / "run", "skipped")
     assert [line["step"] for line in skipped] == [3, 6]
     for line, reference in zip(skipped, metrics(left_out, "skipped"), strict=True):
