@@ -29,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="file of pinned versions (default constraints.txt)",
     )
     args = parser.parse_args(argv)
+    if not args.constraints.is_file():
+        parser.error(f"--constraints {args.constraints} is no file")
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
         done = subprocess.run(

@@ -69,3 +69,9 @@ def test_without_the_service_nothing_is_claimed(capsys: pytest.CaptureFixture[st
     said = capsys.readouterr().out
     assert said.startswith("not audited: http://127.0.0.1:9/v1/query did not answer (")
     assert "Connection refused" in said
+
+
+def test_a_file_that_is_not_there_is_not_the_service(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        audit.main(["--constraints", "/nowhere"])
+    assert "--constraints /nowhere is no file" in capsys.readouterr().err
