@@ -1,4 +1,4 @@
-"""Say what the data of a run hold before any GPU is used: every record at fault, lengths, scores and preferences.
+"""Say what the data of a run hold before any GPU is used: faults, lengths, scores, preferences and duplicates.
 
     python tools/validate_data.py model.data.train=groups.jsonl [model.restore_from_path=FOLDER] [key=value ...]
     python tools/validate_data.py --config conf/mpo_gpt.yaml [--picture PNG] [--report JSONL] [key=value ...]
@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -29,6 +29,7 @@ from mpo_megatron.data.faults import FAULTS, LONG_PROMPT
 from mpo_megatron.data.schema import RecordError
 from mpo_megatron.data.summary import QUANTILES, FaultCount, Summary, summarise
 from mpo_megatron.data.tokenize import GroupTokenizer
+from mpo_megatron.data.within import Estimate
 from mpo_megatron.errors import UserError
 from mpo_megatron.training.data import selection_of, tokenize_options
 
@@ -57,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     summaries[name].preferred > 0 if selection.needs_preferred else summaries[name].sizes > 0
                 )
                 figures[name]["stops"] |= not needed.any()
+            if "validation" in summaries:
+                figures["validation"]["duplicates"] |= show_leak(summaries)
         if args.picture:
             draw(summaries, unit, args.picture)
             print(f"picture     {args.picture}")
@@ -73,7 +76,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, help="a YAML of the main job")
     parser.add_argument(
-        "--picture", type=Path, metavar="PNG", help="draw lengths, scores, gaps and preferences"
+        "--picture", type=Path, metavar="PNG", help="draw lengths, scores, their spacing and preferences"
     )
     parser.add_argument(
         "--report", type=Path, metavar="JSONL", help="write every fault with its place and reason"
@@ -150,6 +153,7 @@ def show(
         for name, of in summary.table().items():
             table.add_row(name, *(f"{of[column]:.4g}" for column in (*QUANTILES, "mean")))
         console.print(table)
+    within = show_within(summary, unit, console)
     for name in FAULTS:
         if faults.counts[name]:
             policy = policy_of(config, name)
@@ -166,11 +170,54 @@ def show(
         "faults": dict(faults.counts),
         "stops": stops,
         "distributions": summary.table(),
+        **within,
     }
 
 
+def show_within(summary: Summary, unit: str, console: Console) -> dict[str, Any]:
+    """Print how scores are spaced, how lengths go with them, and what is there twice. Returns it for the JSON."""
+    spacing, lengths = summary.spacing(), summary.lengths_by_score()
+    if spacing:
+        title = "mean gap between neighbouring scores, of n responses of a group"
+        table = Table("n", "groups", "mean", "deviation over groups", title=title, title_justify="left")
+        for of in spacing:
+            table.add_row(str(of.n), f"{of.groups:,}", f"{of.mean:.4g}", f"{of.deviation:.4g}")
+        console.print(table)
+    if lengths is not None:
+        found = [
+            f"preferred {lengths.preferred:.4g}, dispreferred {lengths.dispreferred:.4g} {unit}, difference "
+            f"{with_error(lengths.difference)}"
+        ]
+        if lengths.correlation is not None:
+            found.append(f"correlation with the score within groups {with_error(lengths.correlation)}")
+        console.print(f"mean lengths: {'; '.join(found)}", soft_wrap=True)
+    repeated, groups = int(summary.repeated.sum()), int((summary.repeated > 0).sum())
+    console.print(
+        f"duplicates: {repeated:,} responses repeat another of their group (in {groups:,} groups); "
+        f"{summary.repeated_prompts:,} groups have the prompt of an earlier one",
+        soft_wrap=True,
+    )
+    return {
+        "spacing": [asdict(of) for of in spacing],
+        "lengths_by_score": None if lengths is None else asdict(lengths),
+        "duplicates": {"responses": repeated, "groups": groups, "prompts": summary.repeated_prompts},
+    }
+
+
+def with_error(of: Estimate) -> str:
+    return f"{of.value:+.3g}" + ("" if of.error is None else f" ± {of.error:.2g}")
+
+
+def show_leak(summaries: dict[str, Summary]) -> dict[str, int]:
+    """Print how many prompts of the validation data are trained on. Returns it for the JSON."""
+    count = summaries["validation"].prompts_shared_with(summaries["train"])
+    if count:
+        print(f"validation: {count:,} groups have a prompt of the training data, and so are not held out")
+    return {"prompts_of_train": count}
+
+
 def draw(summaries: dict[str, Summary], unit: str, path: Path) -> None:
-    """A PNG of lengths, scores, gaps between neighbouring scores, and preferred and dispreferred counts."""
+    """A PNG: lengths, scores, gaps of neighbours, preferred and dispreferred counts, spacing, and length by place."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -178,10 +225,10 @@ def draw(summaries: dict[str, Summary], unit: str, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(
-        len(summaries), 4, figsize=(16, 3.6 * len(summaries)), squeeze=False, layout="constrained"
+        len(summaries), 6, figsize=(24, 3.6 * len(summaries)), squeeze=False, layout="constrained"
     )
     for row, (split, summary) in zip(axes, summaries.items(), strict=True):
-        lengths, scores, gaps, counts = row
+        lengths, scores, gaps, counts, spacing, places = row
         ends = np.linspace(0, max([1, *summary.prompt_lengths, *summary.response_lengths]), 51)
         for values, label in ((summary.response_lengths, "responses"), (summary.prompt_lengths, "prompts")):
             lengths.hist(values, bins=ends, histtype="stepfilled", alpha=0.6, label=label)
@@ -195,16 +242,31 @@ def draw(summaries: dict[str, Summary], unit: str, path: Path) -> None:
             counts.bar(
                 np.arange(most + 1) + shift, np.bincount(values, minlength=most + 1), width=0.4, label=label
             )
+        of_n = summary.spacing()
+        spacing.errorbar(
+            [of.n for of in of_n], [of.mean for of in of_n], yerr=[of.deviation for of in of_n],
+            fmt="o-", capsize=3,
+        )  # fmt: skip
+        longer, errors = summary.length_by_place()
+        places.axhline(0, color="0.7", zorder=0)
+        places.errorbar(np.arange(1, len(longer) + 1), longer, yerr=errors, fmt="o", capsize=3)
+        spacing.set_ylabel("mean gap, and deviation over groups")
+        places.set_ylabel(f"{unit} more than the group's mean")
         for axis, title in (
             (lengths, unit),
             (scores, "score"),
             (gaps, "gap between neighbouring scores of a group"),
             (counts, "responses of a group"),
+            (spacing, "n: responses drawn of a group"),
+            (places, "place by score, 1 is the best"),
         ):
             axis.set_xlabel(title)
             axis.grid(alpha=0.3)
         lengths.set_yscale("log")
         gaps.set_yscale("log")
+        spacing.set_ylim(bottom=0)
+        for axis in (spacing, places):
+            axis.xaxis.get_major_locator().set_params(integer=True)
         lengths.set_ylabel(split)
         lengths.legend()
         counts.legend()

@@ -75,6 +75,62 @@ def test_figures_are_those_of_the_runs_own_groups(tmp_path: Path, model: Path, c
         np.concatenate([np.diff(s) for s in scores])
     )
     assert found["score"]["95%"] == np.quantile(np.concatenate(scores), 0.95)
+    by_score = train["lengths_by_score"]
+    lengths = [np.array([len(ids) for ids in group.response_ids]) for group in groups]
+    both = [0 < group.preferred.sum() < len(group.preferred) for group in groups]
+    means = [
+        (of[group.preferred].mean(), of[~group.preferred].mean())
+        for of, group, is_there in zip(lengths, groups, both, strict=True)
+        if is_there
+    ]
+    assert (by_score["preferred"], by_score["dispreferred"]) == pytest.approx(np.mean(means, axis=0))
+    assert train["spacing"][-1]["n"] == max(map(len, scores)) == 5
+    assert train["spacing"][0]["groups"] == 39
+
+
+def test_preferences_are_those_of_the_noisy_scores(tmp_path: Path, model: Path, capsys: Any) -> None:
+    data = good(tmp_path)
+    keys = [
+        *LIMITS,
+        f"model.data.train={data}",
+        f"model.restore_from_path={model}",
+        "model.data.score_noise=3",
+    ]
+    _, _, figures = run(capsys, *keys)
+    built = build_dataset(data, make_tokenizer(LLAMA2), OPTIONS, cache_dir=tmp_path / "cache",
+        selection=Selection(score_noise=3, needs_preferred=False))  # fmt: skip
+    preferred = [int(built.group(i).preferred.sum()) for i in range(len(built))]
+    assert figures["train"]["distributions"]["preferred of a group"]["mean"] == np.mean(preferred)
+    assert figures["train"]["distributions"]["score"]["most"] == 4.0
+
+
+def test_what_is_there_twice(tmp_path: Path, capsys: Any) -> None:
+    train, validation = tmp_path / "train.jsonl", tmp_path / "validation.jsonl"
+    same = [{"text": text, "score": 1.0} for text in ("Red.", " Red.", "Red.", "Blue.")]
+    train.write_bytes(
+        b"\n".join(
+            [
+                line("a"),
+                line("b", prompt="Name a color."),
+                line("c", prompt="Name a colour. "),
+                line("d", responses=same),
+            ]
+        )
+    )
+    validation.write_bytes(
+        b"\n".join([line("e", prompt="Name a number."), line("f", prompt="Name a color.")])
+    )
+    keys = [f"model.data.train={train}", f"model.data.validation={validation}"]
+    _, output, figures = run(capsys, *keys)
+    assert figures["train"]["duplicates"] == {"responses": 2, "groups": 1, "prompts": 2}
+    assert figures["validation"]["duplicates"] == {
+        "responses": 0, "groups": 0, "prompts": 0, "prompts_of_train": 1,
+    }  # fmt: skip
+    assert (
+        "duplicates: 2 responses repeat another of their group (in 1 groups); 2 groups have the prompt"
+        in output
+    )
+    assert "validation: 1 groups have a prompt of the training data, and so are not held out" in output
 
 
 def test_every_fault_is_found_in_one_go(tmp_path: Path, model: Path, capsys: Any) -> None:
