@@ -64,6 +64,8 @@ class TrainerConfig:
     # Steps between validations (>= 1), a part of an epoch (< 1), or 0: at start and end only.
     val_check_interval: float = 0
     limit_val_batches: int | None = None  # validation steps of global_batch_size groups; null: all
+    # Write every held-out response's log-prob and reward, too: validation/step_NNNNNNN.jsonl in the run's folder.
+    log_val_groups: bool = False
     save_interval: int = 0  # steps between checkpoints; 0: at the end only
     save_at_end: bool = True  # write a checkpoint after the last step
     gradient_clip_val: float = 1.0  # global norm; 0: no clipping
@@ -173,11 +175,16 @@ class DataConfig:
     faults: FaultConfig = field(default_factory=FaultConfig)
     apply_chat_template: bool | None = None  # null: if the tokenizer has a template
     system_prompt: str | None = None  # put before prompts that have none
-    # Train on so many of each group's best and of its worst responses; null: on all.
+    keep_first: int | None = None  # train on each group's first so many responses; null: on all
+    # Train on so many of each group's best and of its worst responses; null: on all. Of those that keep_first leaves.
     keep_best: int | None = None
     keep_worst: int | None = None  # as keep_best, of the worst
     score_noise: float = 0.0  # standard deviation of Gaussian noise on the scores, in units of score
     score_noise_seed: int = 0  # of the noise, with each group's id
+    # What validation is on: selected (as training: noise, keep_first, keep_best, keep_worst, partition) | all (all
+    # responses by the data's own scores, preferred above their mean), so that runs which train on other selections are
+    # measured by the same.
+    validate_on: str = "selected"
     # Leave groups without a preferred response out; null: if they say nothing to the objective.
     require_preferred: bool | None = None
     cache_dir: str = "~/.cache/mpo_megatron"  # tokenised data and reference log-probs
@@ -401,6 +408,7 @@ def _check(config: Config) -> None:
     if mpo.reference is not None:
         _one_of("model.mpo.reference", mpo.reference, ("cached", "none"))
     _one_of("model.data.truncation", data.truncation, ("error", "skip", "left"))
+    _one_of("model.data.validate_on", data.validate_on, ("selected", "all"))
     for fault in fields(FaultConfig):
         policies = ("error", "skip", "keep") if fault.name in KEPT_FAULTS else ("error", "skip")
         _one_of(f"model.data.faults.{fault.name}", getattr(data.faults, fault.name), policies)

@@ -31,7 +31,7 @@ from mpo_megatron.data.summary import QUANTILES, FaultCount, Summary, summarise
 from mpo_megatron.data.tokenize import GroupTokenizer
 from mpo_megatron.data.within import Estimate
 from mpo_megatron.errors import UserError
-from mpo_megatron.training.data import selection_of, tokenize_options
+from mpo_megatron.training.data import selection_of, tokenize_options, validation_selection
 
 NO_MODEL = "none"
 
@@ -47,12 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         tokenizer = read_tokenizer(config)
         unit = "characters" if tokenizer is None else "tokens"
         selection = selection_of(config, objectives.get(config.model.mpo.objective))
+        selections = {"train": selection, "validation": validation_selection(config, selection)}
         summaries: dict[str, Summary] = {}
         with ExitStack() as stack:
             report = stack.enter_context(args.report.open("w", encoding="utf-8")) if args.report else None
             for name, path in splits.items():
                 faults = Reported(frozenset(kept_faults(config)), report, name)
-                summaries[name] = summarise(path, selection, tokenizer, faults)
+                summaries[name] = summarise(path, selections[name], tokenizer, faults)
                 figures[name] = show(name, path, config, faults, summaries[name], unit)
                 needed = (
                     summaries[name].preferred > 0 if selection.needs_preferred else summaries[name].sizes > 0

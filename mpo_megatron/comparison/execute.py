@@ -1,25 +1,21 @@
-"""A run as sub-processes: started, kept when it has finished, ended with this process, its error in a sentence.
+"""A run as sub-processes: started, or kept when it has finished.
 
 A run's folder has `run.json` (what was asked for and, once the job has ended well, its figures), `job.log` (all that
-the job printed) and `experiment` (the job's own folder).
+the job printed), `experiment` (the job's own folder), what `samples` writes and, until it is sampled, `model`.
 """
 
 import json
-import os
-import re
-import subprocess
 import sys
 from pathlib import Path
-from typing import IO
 
-from mpo_megatron.comparison.plan import ROOT, Run, as_value
+from mpo_megatron.comparison.overrides import as_value
+from mpo_megatron.comparison.plan import Run
+from mpo_megatron.comparison.process import ROOT, run_to_end, what_failed
 from mpo_megatron.comparison.results import figures
 from mpo_megatron.errors import UserError
 
 JOB = ROOT / "examples" / "mpo_gpt.py"
-RECORD, LOG, EXPERIMENT = "run.json", "job.log", "experiment"
-# What torchrun is given to end its ranks; it kills them after 30 seconds.
-_END_SECONDS = 45.0
+RECORD, LOG, EXPERIMENT, MODEL = "run.json", "job.log", "experiment", "model"
 
 
 def finished(run: Run, ranks: int) -> dict[str, float] | None:
@@ -59,12 +55,18 @@ def settings(run: Run, ranks: int) -> dict[str, str]:
     return {"ranks": str(ranks), **dict(override.partition("=")[::2] for override in run.overrides)}
 
 
-def execute(run: Run, ranks: int, cache: Path) -> dict[str, float]:
+def model_of(run: Run) -> Path:
+    """The Hugging Face folder of a run that is sampled."""
+    return run.folder / EXPERIMENT / "hf" if run.keeps_model else run.folder / MODEL
+
+
+def execute(run: Run, ranks: int, cache: Path, *, sampled: bool = False) -> dict[str, float]:
     """Run the main job to its end and record its figures. Where it has left a checkpoint, it goes on from there.
 
     Args:
         ranks: processes of the job on this machine.
         cache: folder for tokens and reference log-probs, unless the overrides give one.
+        sampled: whether its model is wanted, in `model_of`, if the job was to keep none.
 
     Raises:
         UserError: the job failed; with its own sentence.
@@ -79,12 +81,14 @@ def execute(run: Run, ranks: int, cache: Path) -> dict[str, float]:
         f"exp_manager.explicit_log_dir={as_value(str((run.folder / EXPERIMENT).absolute()))}",
         "exp_manager.resume_if_exists=true",
     ]
+    if sampled:
+        command.append(f"model.export_path={as_value(str(model_of(run).absolute()))}")
     log = run.folder / LOG
     with log.open("wb") as file:
         status = run_to_end(command, file, ranks)
     if status:
         raise UserError(what_failed(log.read_text(encoding="utf-8", errors="replace"), status))
-    result = figures(run.folder / EXPERIMENT / "metrics.jsonl")
+    result = figures(run.folder / EXPERIMENT)
     _record(run, ranks, result)
     return result
 
@@ -95,40 +99,3 @@ def _record(run: Run, ranks: int, result: dict[str, float] | None) -> None:
     temporary = run.folder / f"{RECORD}.tmp"
     temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     temporary.replace(run.folder / RECORD)
-
-
-def run_to_end(command: list[str], log: IO[bytes], ranks: int) -> int:
-    """Run a command with this package's code, its output in a file. Returns its status; an interrupt ends it."""
-    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
-    environment = {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", **os.environ}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    # A session of its own: an interrupt from the keyboard comes here alone, and torchrun is told once, below.
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env=environment,
-        start_new_session=True,
-    )
-    try:
-        return process.wait()
-    except BaseException:
-        process.terminate()
-        try:
-            process.wait(_END_SECONDS)
-        finally:
-            process.kill()
-        raise
-
-
-def what_failed(printed: str, status: int) -> str:
-    """The sentence that a job printed as its error; of a job that broke, the last error of its tracebacks."""
-    lines = [line.rpartition("\r")[2].strip() for line in printed.splitlines()]
-    sentences = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    if sentences:
-        return sentences[-1]
-    # torchrun's own error says that a process has failed, and no more.
-    errors = [re.sub(r"^\[rank\d+\]: ?", "", line) for line in lines if "ChildFailedError" not in line]
-    errors = [line for line in errors if re.match(r"[\w.]*(Error|Exception|Interrupt)(:|$)", line)]
-    return errors[-1] if errors else f"the job ended with status {status} and no error message"

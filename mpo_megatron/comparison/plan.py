@@ -7,16 +7,19 @@
       dpo: {objective: dpo, beta: 0.1}        # keys of model.mpo
       mpo_pairs: {objective: mpo, beta: 0.1, model.data.keep_best: 1, model.data.keep_worst: 1}    # and any others
       mpo_typed: [model.mpo.objective=mpo, model.mpo.alpha=null]            # or overrides, as on the command line
+    baseline: dpo                             # what the others are compared with, group by group; else the first
+    sweep: {beta: [0.01, 0.1]}                # every member at all of these values; see `sweep`
+    samples:                                  # of the models after training, and of the starting model; see `samples`
+      generate: {prompts: prompts.jsonl, samples: 2}
 
 A mapping that names an objective gives its hyper-parameters, too: those that conf/mpo_gpt.yaml or `common` set are of
 another objective, and are taken back. A seed is `trainer.seed`: the order of the groups is the same for all members.
 """
 
 import difflib
-import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,37 +30,71 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mpo_megatron import objectives
+from mpo_megatron.comparison.overrides import MPO, as_typed, checked
+from mpo_megatron.comparison.samples import START, Samples, read_samples
+from mpo_megatron.comparison.sweep import points
 from mpo_megatron.config import Config, MpoConfig, check_overrides, parse, register_schema
 from mpo_megatron.errors import ConfigError, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-SECTIONS = ("trainer", "model", "exp_manager", "name")
-# Groups that say nothing to some objectives are left out for all of them, so that every step has the same groups.
-DEFAULTS = ("model.data.require_preferred=true",)
-# What the comparison itself sets, by key, and where it is said instead.
-OWN = {
-    "trainer.seed": "`seeds` of the comparison file",
-    "exp_manager.explicit_log_dir": "--output",
-    "exp_manager.resume_if_exists": "the comparison, whose runs go on from their newest checkpoint",
-}
+KEYS = ("seeds", "common", "members", "baseline", "sweep", "samples")
+DEFAULTS = (
+    # Groups that say nothing to some objectives are left out for all of them, so that every step has the same groups.
+    "model.data.require_preferred=true",
+    # All are measured by the same responses and scores, whatever selection or noise they train on.
+    "model.data.validate_on=all",
+    "trainer.log_val_groups=true",
+)
+# Folders of the output that are no member's.
+TAKEN = ("cache", START)
+
+
+@dataclass(frozen=True)
+class Member:
+    """What is run for each seed.
+
+    Attributes:
+        overrides: of the main job, those of all members included.
+        base: its name before the sweep.
+        point: its value on each axis of the sweep.
+    """
+
+    overrides: list[str]
+    base: str
+    point: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a comparison file says: seeds, and each member's overrides of the main job, those of all included."""
+    """What a comparison file says.
+
+    Attributes:
+        members: by name, each at every point of the sweep.
+        baseline: one of their names before the sweep.
+        samples: None: none are taken.
+    """
 
     seeds: list[int]
-    members: dict[str, list[str]]
+    members: dict[str, Member]
+    baseline: str
+    samples: Samples | None = None
 
 
 @dataclass(frozen=True)
 class Run:
-    """One member at one seed."""
+    """One member at one seed.
+
+    Attributes:
+        start: the folder of the starting model.
+        keeps_model: whether the job leaves a Hugging Face folder in its own.
+    """
 
     member: str
     seed: int
     overrides: tuple[str, ...]
     folder: Path
+    start: Path = Path()
+    keeps_model: bool = False
 
     def __str__(self) -> str:
         return f"{self.member}, seed {self.seed}"
@@ -80,9 +117,9 @@ def read_comparison(path: Path) -> Comparison:
 
 
 def _comparison(content: Any) -> Comparison:
-    if not isinstance(content, dict) or not content.keys() <= {"seeds", "common", "members"}:
+    if not isinstance(content, dict) or not content.keys() <= set(KEYS):
         keys = ", ".join(map(str, content)) if isinstance(content, dict) else "a list"
-        raise UserError(f"a comparison has the keys seeds, common and members, not {keys}")
+        raise UserError(f"a comparison has the keys {', '.join(KEYS[:-1])} and {KEYS[-1]}, not {keys}")
     seeds, members = content.get("seeds"), content.get("members")
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
         raise UserError(f"seeds must be a list of whole numbers such as [1, 2, 3], not {seeds}")
@@ -92,71 +129,41 @@ def _comparison(content: Any) -> Comparison:
         raise UserError(
             "members must give a name and overrides for each run, such as `dpo: {objective: dpo, beta: 0.1}`"
         )
-    common = [*DEFAULTS, *_as_typed(content.get("common") or {}, "common")]
+    baseline = content.get("baseline", next(iter(members)))
+    if baseline not in members:
+        raise UserError(f"baseline={baseline} is no member; there are {', '.join(map(str, members))}")
+    found = _members(members, as_typed(content.get("common") or {}, "common"), content.get("sweep"))
+    return Comparison(seeds, found, baseline, read_samples(content.get("samples"), seeds))
+
+
+def _members(members: dict[Any, Any], common: list[str], sweep: Any) -> dict[str, Member]:
+    """By name, each at every point of the sweep."""
+    common = [*DEFAULTS, *common]
     taken_back = [
-        f"model.mpo.{name}=null"
+        f"{MPO}{name}=null"
         for name, value in composed(common).model.mpo.hyper_parameters.items()
         if value is not None
     ]
-    found: dict[str, list[str]] = {}
+    grid = points(sweep)
+    found: dict[str, Member] = {}
     for name, section in members.items():
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name == "cache":
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name in TAKEN:
             raise UserError(
-                f"members: {name} names a folder: letters, digits, . _ and - (and not `cache`, which holds the tokens)"
+                f"members: {name} names a folder: letters, digits, . _ and - (and not {' or '.join(TAKEN)}, which the "
+                "comparison has for itself)"
             )
-        own = _as_typed(section, f"members.{name}", "model.mpo.")
-        if isinstance(section, dict) and "objective" in section:
-            given = {override.partition("=")[0] for override in own}
-            own = [*(null for null in taken_back if null.partition("=")[0] not in given), *own]
-        found[name] = [*common, *own]
-    return Comparison(seeds, found)
-
-
-def _as_typed(section: Any, where: str, prefix: str = "") -> list[str]:
-    """Overrides as a list, or as a mapping, where `prefix` goes before keys outside of the job's sections."""
-    if isinstance(section, list):
-        return checked(section, where)
-    if not isinstance(section, dict):
-        raise UserError(
-            f"{where} must be a mapping such as {{objective: dpo, beta: 0.1}} or a list of overrides such as "
-            f"[model.mpo.beta=0.1], not {section}"
-        )
-    paths = {
-        str(key) if str(key).split(".")[0] in SECTIONS else f"{prefix}{key}": value
-        for key, value in section.items()
-    }
-    return checked([override for path, value in paths.items() for override in _flat(path, value)], where)
-
-
-def _flat(path: str, value: Any) -> Iterator[str]:
-    if isinstance(value, dict):
-        for key, below in value.items():
-            yield from _flat(f"{path}.{key}", below)
-    else:
-        yield f"{path}={as_value(value)}"
-
-
-def as_value(value: Any) -> str:
-    """A value as an override gives it: as JSON, without the quotes where Hydra needs none."""
-    plain = isinstance(value, str) and re.fullmatch(r"[\w./~@+-]+", value)
-    return value if plain else json.dumps(value, ensure_ascii=False)
-
-
-def checked(overrides: Sequence[Any], where: str) -> list[str]:
-    """The overrides, each of which is of the form key=value and of no key that is the comparison's own.
-
-    Raises:
-        UserError: one is not.
-    """
-    for override in overrides:
-        key, equals, _ = str(override).partition("=")
-        if not isinstance(override, str) or not equals or not key:
-            raise UserError(
-                f"{where}: {override} is no override; write key=value, such as model.optim.lr=1e-5"
-            )
-        if key.lstrip("+") in OWN:
-            raise UserError(f"{where}: {key} is set by {OWN[key.lstrip('+')]}; remove it")
-    return list(overrides)
+        own = as_typed(section, f"members.{name}", MPO)
+        for point in grid:
+            chosen = [*own, *point.overrides]
+            if isinstance(section, dict) and "objective" in section:
+                given = {override.partition("=")[0] for override in chosen}
+                chosen = [*(null for null in taken_back if null.partition("=")[0] not in given), *chosen]
+            if name + point.suffix in found:
+                raise UserError(
+                    f"members: {name}{point.suffix} is a point of the sweep, too; give it another name"
+                )
+            found[name + point.suffix] = Member([*common, *chosen], name, point.values)
+    return found
 
 
 def plan_runs(
@@ -165,38 +172,55 @@ def plan_runs(
     """All members at the first seed, then at the next one.
 
     Args:
-        members: their names; None: all of the file.
+        members: their names, before the sweep or at a point of it; None: all of the file.
         output: the folder of the comparison.
         more: overrides for all of them, after all others.
 
     Raises:
         UserError: an unknown member, or overrides that the main job would not take, whatever the data are.
     """
-    names = list(comparison.members) if members is None else list(dict.fromkeys(members))
-    for name in names:
-        if name not in comparison.members:
-            near = difflib.get_close_matches(name, comparison.members, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(comparison.members)}"
-            raise UserError(f"--members: {name} is no member of the comparison; {hint}")
+    names = list(comparison.members) if members is None else _chosen(comparison, members)
     check_overrides(checked(more, "the command"))
+    configs = {}
     for name in names:
         try:
-            _check(composed([*comparison.members[name], *more]))
+            configs[name] = _check(composed([*comparison.members[name].overrides, *more]))
         except ConfigError as error:
             raise UserError(f"member {name}: {error}") from error
+    starts = {name: Path(config.model.restore_from_path) for name, config in configs.items()}
+    if comparison.samples is not None and len(set(starts.values())) > 1:
+        raise UserError(
+            f"members begin at {len(set(starts.values()))} models; with `samples` they begin at one, "
+            "model.restore_from_path in `common`"
+        )
     return [
         Run(
             name,
             seed,
-            (*comparison.members[name], *more, f"trainer.seed={seed}"),
+            (*comparison.members[name].overrides, *more, f"trainer.seed={seed}"),
             output / name / f"seed-{seed}",
+            starts[name],
+            configs[name].model.export_path is None,
         )
         for seed in comparison.seeds
         for name in names
     ]
 
 
-def _check(config: Config) -> None:
+def _chosen(comparison: Comparison, asked: Sequence[str]) -> list[str]:
+    """The members of these names, in the order asked for; a name before the sweep is of all its points."""
+    known = [*dict.fromkeys([*(member.base for member in comparison.members.values()), *comparison.members])]
+    found: list[str] = []
+    for name in asked:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            raise UserError(f"--members: {name} is no member of the comparison; {hint}")
+        found += [other for other, member in comparison.members.items() if name in (other, member.base)]
+    return list(dict.fromkeys(found))
+
+
+def _check(config: Config) -> Config:
     model = config.model
     objectives.settle(
         objectives.get(model.mpo.objective), model.mpo.hyper_parameters, [f.name for f in fields(MpoConfig)]
@@ -206,6 +230,16 @@ def _check(config: Config) -> None:
             f"model.restore_from_path={model.restore_from_path} is no folder; give a model's, such as "
             "`bash examples/quickstart.sh` makes"
         )
+    if model.export_path:
+        raise ConfigError(
+            f"model.export_path={model.export_path} would be written by every run; remove it, or keep no model with "
+            'model.export_path=""'
+        )
+    if not model.data.validation:
+        raise ConfigError(
+            "model.data.validation has no value, and a comparison is of held-out groups; give it"
+        )
+    return config
 
 
 def composed(overrides: Sequence[str]) -> Config:

@@ -1,135 +1,184 @@
-"""What a comparison found: on the screen, as CSV, as Markdown, and as a figure."""
+"""What a comparison found: tables on the screen, as CSV and as Markdown."""
 
 import csv
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from mpo_megatron.comparison.results import FIGURES, Figure, Line
+from mpo_megatron.comparison.paired import Difference
+from mpo_megatron.comparison.results import FIGURES, SCORES, Figure, Line
 
-# Columns of the tables: key, title, format.
+# Columns of the table: key, title, format.
 COLUMNS = (
     ("reward_margin_before", "reward margin before", "+.4f"),
     ("reward_margin_after", "after", "+.4f"),
     ("accuracy_before", "accuracy before", ".1%"),
     ("accuracy_after", "after", ".1%"),
+    ("log_ratio_margin", "log-ratio margin, nats", "+.3f"),
+    ("divergence", "divergence, nats a token", "+.4f"),
+    ("score_before", "score of samples before", ".3f"),
+    ("score_after", "after", ".3f"),
+    ("score_gain", "gain", "+.3f"),
     ("loss_after", "loss after", ".4g"),
     ("seconds_per_step", "seconds a step", ".2f"),
 )
+# Of the differences.
+PAIRED_COLUMNS = (
+    ("accuracy", "log-ratio accuracy", "+.1%"),
+    ("margin", "log-ratio margin, nats", "+.3f"),
+    ("score", "score of samples", "+.3f"),
+)
 NOTES = (
-    "Margin, accuracy and loss are of the held-out groups. Rewards, margins and losses are in each objective's own "
-    "units: between objectives compare accuracies."
+    "Margin, accuracy, divergence and loss are of the held-out groups. Rewards, margins and losses are in each "
+    "objective's own units: between objectives compare accuracies and log-ratios. Log-ratios are of the trained to the "
+    "starting model; divergence is the log-prob that held-out responses have lost, of samples of the starting model an "
+    "estimate of KL(starting || trained)."
 )
 ERROR_NOTE = "± is one standard error over the seeds."
+SCORE_NOTE = "± of scores is one standard error over the prompts; the gain is taken prompt by prompt."
+PAIRED_NOTE = (
+    "Differences are taken group by group (of samples: prompt by prompt) and seed by seed. ± one standard error over "
+    "groups / over seeds: what other held-out groups, and what other seeds, would change."
+)
 
 
-def cells(line: Line) -> list[str]:
-    """A member's line: name, and a cell for each of COLUMNS."""
-    if not line.figures:
-        return [line.member, "failed", *[""] * (len(COLUMNS) - 1)]
-    return [line.member, *(_cell(line.figures[key], fmt) for key, _, fmt in COLUMNS)]
+@dataclass(frozen=True)
+class Pair:
+    """A member against the baseline: by the names in PAIRED_COLUMNS, where both have it."""
+
+    member: str
+    baseline: str
+    differences: dict[str, Difference]
 
 
-def _cell(figure: Figure, fmt: str) -> str:
-    error = "" if figure.error is None else f" ± {format(figure.error, fmt if fmt.endswith('%') else '.2g')}"
-    return f"{format(figure.mean, fmt)}{error}"
+@dataclass(frozen=True)
+class Grid:
+    """A table as it is shown."""
+
+    title: str
+    rows: list[list[str]]  # the first has the titles of the columns
+    notes: list[str]
 
 
-def notes(lines: Sequence[Line]) -> list[str]:
-    """The sentences below a table: units, and each run that failed, with its error."""
-    several = any(figure.error is not None for line in lines for figure in line.figures.values())
-    failed = [f"{run} failed: {error}" for line in lines for run, error in line.failed.items()]
-    return [NOTES, *([ERROR_NOTE] if several else []), *failed]
-
-
-def show(lines: Sequence[Line], title: str) -> None:
-    """Print the table."""
-    table = Table(title=title, title_justify="left")
-    for number, column in enumerate(["member", *(title for _, title, _ in COLUMNS)]):
-        table.add_column(column, justify="right" if number else "left")
+def table(lines: Sequence[Line], title: str) -> Grid:
+    """The figures of all members."""
+    shown = [
+        column
+        for column in COLUMNS
+        if column[0] not in SCORES or any(column[0] in line.figures for line in lines)
+    ]
+    rows = [["member", "seeds", *(title for _, title, _ in shown)]]
     for line in lines:
-        table.add_row(*cells(line))
+        cells = [_cell(line.figures.get(key), fmt) for key, _, fmt in shown] if line.figures else ["failed"]
+        rows.append([line.member, str(line.seeds), *cells, *[""] * (len(shown) - len(cells))])
+    return Grid(title, rows, _notes(lines))
+
+
+def _cell(figure: Figure | None, fmt: str) -> str:
+    if figure is None:
+        return ""
+    return f"{format(figure.mean, fmt)}{'' if figure.error is None else f' ± {_error(figure.error, fmt)}'}"
+
+
+def _error(error: float | None, fmt: str) -> str:
+    if error is None:
+        return "–"
+    return format(error, fmt.lstrip("+")) if fmt.endswith("%") else format(error, ".2g")
+
+
+def _notes(lines: Sequence[Line]) -> list[str]:
+    """The sentences below a table: units, and each run that failed, with its error."""
+    several = any(line.figures[key].error is not None for line in lines if line.figures for key in FIGURES)
+    sampled = any(key in line.figures for line in lines for key in SCORES)
+    failed = [f"{run} failed: {error}" for line in lines for run, error in line.failed.items()]
+    return [NOTES, *([ERROR_NOTE] if several else []), *([SCORE_NOTE] if sampled else []), *failed]
+
+
+def paired_table(pairs: Sequence[Pair]) -> Grid:
+    """The differences of all members to their baseline."""
+    shown = [column for column in PAIRED_COLUMNS if any(column[0] in pair.differences for pair in pairs)]
+    rows = [["member", "less", "groups", "seeds", *(title for _, title, _ in shown)]]
+    for pair in pairs:
+        counts = pair.differences.get("margin")
+        rows.append(
+            [
+                pair.member,
+                pair.baseline,
+                str(counts.groups) if counts else "",
+                str(counts.seeds) if counts else "",
+                *(_paired_cell(pair.differences.get(key), fmt) for key, _, fmt in shown),
+            ]
+        )
+    return Grid("differences to the baseline", rows, [PAIRED_NOTE])
+
+
+def _paired_cell(of: Difference | None, fmt: str) -> str:
+    if of is None:
+        return ""
+    return f"{format(of.mean, fmt)} ± {_error(of.over_groups, fmt)} / {_error(of.over_seeds, fmt)}"
+
+
+def show(grid: Grid) -> None:
+    """Print a table."""
+    shown = Table(title=grid.title, title_justify="left")
+    titles, *rows = grid.rows
+    for number, title in enumerate(titles):
+        shown.add_column(title, justify="right" if number else "left", no_wrap=not number)
+    for row in rows:
+        shown.add_row(*row)
     # At least as wide as is readable, also where the output is no terminal.
     console = Console(file=sys.stdout)
-    console = Console(file=sys.stdout, width=max(console.width, 132))
-    console.print(table)
-    for note in notes(lines):
+    console = Console(file=sys.stdout, width=max(console.width, 170))
+    console.print(shown)
+    for note in grid.notes:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
+
+
+def write_markdown(grids: Sequence[Grid], path: Path) -> None:
+    """Tables and their notes, one below the other."""
+    path.write_text("\n\n".join(map(_markdown, grids)) + "\n", encoding="utf-8")
+
+
+def _markdown(grid: Grid) -> str:
+    titles, *rows = grid.rows
+    rule = ["---", *("---:" for _ in titles[1:])]
+    lines = "\n".join(f"| {' | '.join(row)} |" for row in (titles, rule, *rows))
+    return "\n\n".join([f"# {grid.title}", lines, *grid.notes])
 
 
 def write_csv(lines: Sequence[Line], path: Path) -> None:
     """One row a member: mean and standard error of each figure, empty where there is none, and its errors."""
-    names = [name for key in FIGURES for name in (key, f"{key}_error")]
+    names = [name for key in (*FIGURES, *SCORES) for name in (key, f"{key}_error")]
+    rows = []
+    for line in lines:
+        row: dict[str, object] = {"member": line.member, "seeds": line.seeds, "failed": _joined(line)}
+        for key, figure in line.figures.items():
+            row |= {key: figure.mean, f"{key}_error": figure.error}
+        rows.append(row)
+    _write(["member", "seeds", *names, "failed"], rows, path)
+
+
+def write_paired_csv(pairs: Sequence[Pair], path: Path) -> None:
+    """One row for each difference."""
+    rows: list[dict[str, object]] = [
+        {"member": pair.member, "baseline": pair.baseline, "of": key, **asdict(of), "error": of.error}
+        for pair in pairs
+        for key, of in pair.differences.items()
+    ]
+    names = ["member", "baseline", "of", "mean", "over_groups", "over_seeds", "error", "groups", "seeds"]
+    _write(names, rows, path)
+
+
+def _write(names: Sequence[str], rows: Sequence[Mapping[str, object]], path: Path) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, ["member", "seeds", *names, "failed"])
+        writer = csv.DictWriter(file, names)
         writer.writeheader()
-        for line in lines:
-            row = {"member": line.member, "seeds": line.seeds, "failed": _joined(line)}
-            for key, figure in line.figures.items():
-                row |= {key: figure.mean, f"{key}_error": "" if figure.error is None else figure.error}
-            writer.writerow(row)
+        writer.writerows(rows)
 
 
 def _joined(line: Line) -> str:
     return "; ".join(f"{run}: {error}" for run, error in line.failed.items())
-
-
-def write_markdown(lines: Sequence[Line], title: str, path: Path) -> None:
-    """The table and its notes."""
-    rows = [
-        ["member", *(title for _, title, _ in COLUMNS)],
-        ["---", *("---:" for _ in COLUMNS)],
-        *map(cells, lines),
-    ]
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    path.write_text("\n\n".join([f"# {title}", table, *notes(lines)]) + "\n", encoding="utf-8")
-
-
-def plot(lines: Sequence[Line], title: str, path: Path) -> None:
-    """A PNG: accuracy and reward margin of each member, before and after training, with standard errors.
-
-    Margins are on an axis that is logarithmic away from 0: their units differ by orders of magnitude.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    shown = [line for line in lines if line.figures]
-    figure, axes = plt.subplots(
-        1, 2, figsize=(10, 1.6 + 0.28 * len(shown)), sharey=True, layout="constrained", squeeze=True
-    )
-    places = range(len(shown))
-    for axis, key, label in zip(
-        axes,
-        ("accuracy", "reward_margin"),
-        ("preference accuracy", "reward margin, in its own units"),
-        strict=True,
-    ):
-        before, after = ([line.figures[f"{key}_{when}"] for line in shown] for when in ("before", "after"))
-        axis.hlines(places, [one.mean for one in before], [one.mean for one in after], color="0.7", zorder=1)
-        axis.scatter(
-            [one.mean for one in before],
-            places,
-            facecolors="white",
-            edgecolors="C0",
-            label="before",
-            zorder=3,
-        )
-        axis.errorbar(
-            [one.mean for one in after], places, xerr=[one.error or 0.0 for one in after],
-            fmt="o", capsize=3, color="C0", label="after", zorder=2,
-        )  # fmt: skip
-        axis.set_xlabel(label)
-        axis.margins(x=0.1)
-        axis.grid(alpha=0.3)
-    axes[0].set_yticks(places, [line.member for line in shown])
-    axes[0].invert_yaxis()
-    axes[0].legend()
-    axes[1].set_xscale("symlog", linthresh=0.01)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -3,21 +3,30 @@
 import json
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mpo_megatron.comparison.held_out import read_held_out
 from mpo_megatron.comparison.plan import Run
 from mpo_megatron.errors import UserError
 
 # Of the held-out data, before and after training.
 HELD_OUT = ("reward_margin", "accuracy", "loss")
-FIGURES = (*(f"{name}_{when}" for name in HELD_OUT for when in ("before", "after")), "seconds_per_step")
+# Of a run. `held_out` says what log-ratios and divergence are.
+FIGURES = (
+    *(f"{name}_{when}" for name in HELD_OUT for when in ("before", "after")),
+    "log_ratio_margin",
+    "divergence",
+    "seconds_per_step",
+)
+# Of a run's samples.
+SCORES = ("score_before", "score_after", "score_gain")
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A mean over seeds and its standard error, None of a single one."""
+    """A mean and its standard error, None of a single value."""
 
     mean: float
     error: float | None = None
@@ -29,7 +38,8 @@ class Line:
 
     Attributes:
         seeds: how many of its runs have ended well.
-        figures: by the names in FIGURES; empty if none has.
+        figures: by the names in FIGURES, over seeds; empty if none has. By those in SCORES, over prompts, if its models
+            were sampled.
         failed: what went wrong, by the name of the run.
     """
 
@@ -39,15 +49,16 @@ class Line:
     failed: dict[str, str] = field(default_factory=dict)
 
 
-def figures(path: Path) -> dict[str, float]:
+def figures(folder: Path) -> dict[str, float]:
     """The figures of one run, by the names in FIGURES, and its steps. Seconds are the median of the logged steps.
 
     Args:
-        path: its metrics.jsonl.
+        folder: of its experiment.
 
     Raises:
         UserError: it has no two validations.
     """
+    path = folder / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     validations = [line for line in lines if line["split"] == "validation"]
     if len(validations) < 2:
@@ -61,18 +72,42 @@ def figures(path: Path) -> dict[str, float]:
         for name in HELD_OUT
         for when, line in (("before", before), ("after", after))
     }
-    seconds = statistics.median(line["seconds"] for line in lines if line["split"] == "train")
-    return {**found, "seconds_per_step": seconds, "steps": after["step"]}
+    groups = read_held_out(folder)
+    return {
+        **found,
+        "log_ratio_margin": float(groups.margin.mean()),
+        "divergence": groups.divergence,
+        "seconds_per_step": statistics.median(line["seconds"] for line in lines if line["split"] == "train"),
+        "steps": after["step"],
+    }
 
 
-def over_seeds(member: str, results: Mapping[Run, Mapping[str, float]], failed: Mapping[Run, str]) -> Line:
-    """The line of a member from the figures of its runs."""
+def over_seeds(
+    member: str,
+    results: Mapping[Run, Mapping[str, float]],
+    failed: Mapping[Run, str],
+    start: Mapping[str, float] | None = None,
+    scores: Mapping[Run, Mapping[str, float]] | None = None,
+) -> Line:
+    """The line of a member from the figures of its runs.
+
+    Args:
+        start: mean score of the starting model's samples, by prompt.
+        scores: the same of each run that was sampled.
+    """
     own = [result for run, result in results.items() if run.member == member]
-    found = {}
-    for name in FIGURES if own else ():
-        values = [result[name] for result in own]
-        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-        found[name] = Figure(statistics.fmean(values), error)
+    found = {name: _mean([result[name] for result in own]) for name in FIGURES} if own else {}
+    sampled = [of for run, of in (scores or {}).items() if run.member == member]
+    if own and sampled and start is not None:
+        after = {name: statistics.fmean(of[name] for of in sampled) for name in start}
+        gains = [after[name] - start[name] for name in start]
+        for name, values in zip(SCORES, (list(start.values()), list(after.values()), gains), strict=True):
+            found[name] = _mean(values)
     return Line(
         member, len(own), found, {str(run): error for run, error in failed.items() if run.member == member}
     )
+
+
+def _mean(values: Sequence[float]) -> Figure:
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return Figure(statistics.fmean(values), error)

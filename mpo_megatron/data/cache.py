@@ -86,7 +86,7 @@ class DataReport:
                 (getattr(self, f"skipped_{fault}"), f"records skipped for {why}")
                 for fault, why in _WHY.items()
             ),
-            (self.responses_dropped, "of their responses left out by keep_best and keep_worst"),
+            (self.responses_dropped, "of their responses left out by keep_first, keep_best and keep_worst"),
             (self.truncated_prompts, "prompts cut on the left"),
             (self.truncated_responses, "responses cut at max_length"),
             (self.border_merges, "responses tokenised apart from their prompt"),

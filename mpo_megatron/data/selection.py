@@ -1,8 +1,8 @@
 """Which responses of a group are trained on, with which scores, and which of them are preferred.
 
 A cache holds the tokens and scores of all responses; a selection is a view of it, made anew at each start, so that
-changing it tokenises nothing. In order: noise on the scores, the responses that are kept, the preferred ones among
-them; groups without a preferred one are left out.
+changing it tokenises nothing. In order: noise on the scores, the first responses, the best and worst of these, the
+preferred ones among them; groups without a preferred one are left out.
 """
 
 import hashlib
@@ -27,6 +27,8 @@ class Selection:
 
     Attributes:
         partition: a name in `PARTITIONS`; mean, deviation and all else are taken over the responses that are kept.
+        keep_first: train on so many of a group's responses, the first in the data; a group that has no more is kept
+            whole. None: on all.
         keep_best: train on so many of a group's highest scores and so many of its lowest (`keep_worst`), in the data's
             order; a group that has no more is kept whole. None, both: on all. Of equal scores the first counts as the
             higher.
@@ -40,6 +42,7 @@ class Selection:
     """
 
     partition: str = "mean"
+    keep_first: int | None = None
     keep_best: int | None = None
     keep_worst: int | None = None
     score_noise: float = 0.0
@@ -48,6 +51,10 @@ class Selection:
 
     def __post_init__(self) -> None:
         get_partition(self.partition)
+        if self.keep_first is not None and self.keep_first < 2:
+            raise ConfigError(
+                f"keep_first={self.keep_first} must be 2 or more: a group has at least two responses"
+            )
         best, worst = self.keep_best, self.keep_worst
         if (best is None) != (worst is None):
             raise ConfigError(
@@ -71,6 +78,7 @@ class Selection:
         Returns:
             ([G, m] places of the kept responses in their groups, ascending; [G, m] which of them are preferred).
         """
+        scores = scores[:, : self.keep_first]
         size = scores.shape[1]
         kept = np.broadcast_to(np.arange(size), scores.shape)
         if (

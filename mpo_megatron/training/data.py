@@ -23,12 +23,20 @@ def selection_of(config: Config, entry: objectives.Entry) -> Selection:
         )
     return Selection(
         partition=config.model.mpo.partition,
+        keep_first=data.keep_first,
         keep_best=data.keep_best,
         keep_worst=data.keep_worst,
         score_noise=data.score_noise,
         score_noise_seed=data.score_noise_seed,
         needs_preferred=entry.needs_partition if data.require_preferred is None else data.require_preferred,
     )
+
+
+def validation_selection(config: Config, training: Selection) -> Selection:
+    """Which responses validation is on: those of training, or all of them by the data's own scores."""
+    if config.model.data.validate_on == "selected":
+        return training
+    return Selection(needs_preferred=training.needs_preferred)
 
 
 def tokenize_options(config: Config) -> TokenizeOptions:

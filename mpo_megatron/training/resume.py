@@ -15,6 +15,7 @@ from mpo_megatron.training.checkpoint import all_checkpoints, load_checkpoint, r
 from mpo_megatron.training.experiment import CHECKPOINTS
 from mpo_megatron.training.job import Job
 from mpo_megatron.training.report import say
+from mpo_megatron.training.validation import drop_after
 
 # Beside a checkpoint: the identity of the run that it belongs to.
 IDENTITY_FILE = "run.json"
@@ -39,6 +40,7 @@ def resume(job: Job) -> int:
     if not paths:
         if job.experiment is not None:
             job.experiment.rewind(-1)  # a start that came to no checkpoint is started anew
+            drop_after(job.folder, -1)
         return 0
     path = _newest_whole(paths, job.setup.layout)
     with raising_together(job.setup.layout):
@@ -47,6 +49,7 @@ def resume(job: Job) -> int:
     step = load_checkpoint(path, job.chunks, job.optimizer, job.schedule, job.setup.layout)
     if job.experiment is not None:
         job.experiment.rewind(step)
+        drop_after(job.folder, step)
         say(f"resumed at step {step} from {path}")
     return step
 

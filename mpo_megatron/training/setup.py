@@ -30,7 +30,7 @@ from mpo_megatron.runtime.parallel import ParallelLayout, initialize, raising_to
 from mpo_megatron.scheduling.order import in_order, step_groups, steps_per_epoch
 from mpo_megatron.scheduling.plan import Pipeline
 from mpo_megatron.scheduling.rows import RowSource
-from mpo_megatron.training.data import open_data, selection_of
+from mpo_megatron.training.data import open_data, selection_of, validation_selection
 from mpo_megatron.training.data_parallel import DataParallel
 from mpo_megatron.training.nodes import check_same_job, check_same_model
 from mpo_megatron.training.profiling import check_profile
@@ -125,7 +125,8 @@ def prepare(config: Config) -> Setup:
         _check_one_pass(options.fp8, train_rows, entry)
     validation = None
     if model.data.validation:
-        data = _on_one_rank_per_node(partial(open_data, config, selection), model.data.validation, layout)
+        held_out = partial(open_data, config, validation_selection(config, selection))
+        data = _on_one_rank_per_node(held_out, model.data.validation, layout)
         steps = list(in_order(len(data), batch))[: config.trainer.limit_val_batches]
         rows = _rows(data, config, architecture, layout, entry, options.fp8)
         validation = Split("validation", data, rows, steps)

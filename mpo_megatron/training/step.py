@@ -45,10 +45,12 @@ class SplitLoss:
     Attributes:
         weights: [S] d (sum of their losses) / d (log-prob).
         sums: [metrics] sums of METRICS over the groups.
+        responses: [2, S] log-probs and rewards.
     """
 
     weights: Tensor
     sums: Tensor
+    responses: Tensor
 
 
 def forward_step(row_loss: RowLoss) -> Callable[[Iterator[PackedRow], Any], tuple[Tensor, Callable]]:
@@ -152,7 +154,8 @@ def split_loss(logps: Tensor, split: SplitGroups, objective: Objective, referenc
         batch = _group_batch(split, logps.detach().requires_grad_(), reference_logps)
         result = objective(batch)
         (weights,) = torch.autograd.grad(result.losses.sum(), batch.policy_logps)
-    return SplitLoss(weights, group_metrics(batch, result).sum(1))
+    responses = torch.stack((logps, result.rewards.detach()))
+    return SplitLoss(weights, group_metrics(batch, result).sum(1), responses)
 
 
 def objective_loss(objective: Objective, reference_logps: Tensor, split: SplitLoss | None = None) -> RowLoss:
@@ -175,7 +178,10 @@ def objective_loss(objective: Objective, reference_logps: Tensor, split: SplitLo
             return (split.weights[row.split_slots] * logps).sum(), count, {}
         batch = _group_batch(row, logps, reference_logps)
         result = objective(batch)
-        return result.losses.sum(), count, {"sums": group_metrics(batch, result).sum(1)}
+        kept = {"sums": group_metrics(batch, result).sum(1)}
+        if not torch.is_grad_enabled():
+            kept["responses"] = torch.stack((logps, result.rewards))
+        return result.losses.sum(), count, kept
 
     return loss
 
@@ -214,12 +220,15 @@ def objective_pass(
     forward_only: bool,
     times: RankTimes | None = None,
     stop: Stop | None = None,
+    responses: Tensor | None = None,
 ) -> dict[str, float]:
     """Forward (and backward) of a whole step; gradients stay in the parameters' main_grad. Every rank calls it.
 
     Args:
         times: of training steps, what measures the ranks.
         stop: of training steps, this rank's request to end the run, which becomes that of all.
+        responses: [2, responses of the data set], of forward passes: filled with the log-probs and the rewards of those
+            of this step, each on one rank. Its sum over all ranks has them all.
 
     Returns:
         Mean of each of METRICS over the global step's groups, the same on all ranks; from the second step on with what
@@ -233,6 +242,8 @@ def objective_pass(
         row_loss = objective_loss(objective, reference_logps)
         kept = run_schedule(chunks, step, row_loss, forward_only=True)
         split = _split_loss(step, kept, objective, reference_logps, layout)
+        if responses is not None and layout.speaks_for_replica:
+            _fill(responses, step, kept, split if layout.dp_rank == 0 else None)
     else:
         split = first_pass(chunks, step, objective, reference_logps, layout)
         row_loss = objective_loss(objective, reference_logps, split)
@@ -250,6 +261,15 @@ def objective_pass(
         losses = [(values["sums"], row.response_ids) for values, row in rows if "sums" in values]
         check_step(means["loss"], total, losses, chunks, layout)
     return means if times is None or seconds is None else means | times.add(of_ranks)
+
+
+def _fill(responses: Tensor, step: StepRows, kept: list[dict[str, Tensor]], split: SplitLoss | None) -> None:
+    """Put what a forward pass has kept of each response where its number says."""
+    for row, values in zip(step.rows, kept, strict=True):
+        if "responses" in values:
+            responses[:, row.response_ids] = values["responses"].to(responses.dtype)
+    if step.split is not None and split is not None:
+        responses[:, step.split.response_ids] = split.responses.to(responses.dtype)
 
 
 def mean_metrics(

@@ -26,12 +26,13 @@ from mpo_megatron.training.guard import NotFinite
 from mpo_megatron.training.job import Job, build_job, start_masters
 from mpo_megatron.training.masters import master_values
 from mpo_megatron.training.profiling import ProfileWindow
-from mpo_megatron.training.report import TrainingBar, before_after, plot_run, progress, say
+from mpo_megatron.training.report import TrainingBar, before_after, plot_run, say
 from mpo_megatron.training.resume import IDENTITY_FILE, identity, resume
 from mpo_megatron.training.retention import VALIDATION_FILE, remove_superfluous
 from mpo_megatron.training.setup import EXPORT_DTYPES, prepare
 from mpo_megatron.training.skips import Skips
 from mpo_megatron.training.step import objective_pass
+from mpo_megatron.training.validation import validate
 from mpo_megatron.training.watch import Watch
 
 
@@ -240,29 +241,6 @@ def train_step(job: Job, step: int, steps: Iterator[StepRows]) -> dict[str, floa
         "data_seconds": waited,
         **job.throughput.of_step(setup.train.steps[step - 1], seconds),
     }
-
-
-def validate(job: Job, step: int) -> dict[str, float]:
-    """Log the validation split's metrics after `step` optimizer steps. Returns them; nothing without such a split."""
-    split, layout = job.setup.validation, job.setup.layout
-    if split is None:
-        return {}
-    references = job.references["validation"]
-    for chunk in job.chunks:
-        chunk.eval()
-    sums: dict[str, float] = {}
-    groups = 0
-    bar = progress("validation", "step", layout.is_main)
-    with split.source.steps(split.steps) as steps:
-        for _, rows in zip(bar(split.steps), steps, strict=True):
-            values = objective_pass(
-                job.chunks, rows, job.setup.objective, references, layout, forward_only=True
-            )
-            sums = {name: sums.get(name, 0.0) + value * rows.groups for name, value in values.items()}
-            groups += rows.groups
-    means = {name: value / groups for name, value in sums.items()}
-    job.log(step, "validation", means)
-    return means
 
 
 def save(job: Job, step: int, metrics: dict[str, float]) -> None:

@@ -137,12 +137,16 @@ def test_a_run_that_stopped_resumes_at_another_layout(
 def test_a_run_that_came_to_no_checkpoint_starts_anew(
     inputs: dict[str, Path], ranks: Any, tmp_path: Path
 ) -> None:
-    more = ["exp_manager.resume_if_exists=true", "trainer.save_at_end=false", "trainer.max_steps=2",
-            "trainer.val_check_interval=0"]  # fmt: skip
-    for _ in range(2):
-        assert ranks(1).run(job, arguments(inputs, tmp_path, *more), timeout=240) == [""]
-        assert [line["step"] for line in metrics(tmp_path)] == [1, 2]
-        assert [line["step"] for line in metrics(tmp_path, "validation")] == [0, 2]
+    """Nothing of the start before is left: of its metrics, or of what its validations have written."""
+    more = ["exp_manager.resume_if_exists=true", "trainer.save_at_end=false", "trainer.val_check_interval=0",
+            "trainer.log_val_groups=true"]  # fmt: skip
+    for steps in (2, 1):
+        overrides = arguments(inputs, tmp_path, *more, f"trainer.max_steps={steps}")
+        assert ranks(1).run(job, overrides, timeout=240) == [""]
+        assert [line["step"] for line in metrics(tmp_path)] == [1, 2][:steps]
+        assert [line["step"] for line in metrics(tmp_path, "validation")] == [0, steps]
+        files = {path.name for path in (tmp_path / "validation").iterdir()}
+        assert files == {"step_0000000.jsonl", f"step_000000{steps}.jsonl"}
 
 
 def test_resuming_another_run_is_refused_and_a_new_learning_rate_is_taken(

@@ -12,6 +12,7 @@ import pytest
 
 from mpo_megatron.comparison import execute
 from mpo_megatron.comparison.plan import ROOT, Run
+from mpo_megatron.comparison.process import what_failed
 from mpo_megatron.errors import UserError
 
 JOB = """
@@ -25,6 +26,10 @@ if os.environ["RANK"] == "0":
         file.write(given["model.data.cache_dir"] + "\\n")
 if given["name"] == "bad":
     sys.exit("error: model.mpo.beta=-1 must be above 0")
+(folder / "validation").mkdir(exist_ok=True)
+for step, logps in enumerate([[-3.0, -4.0], [-2.5, -4.5]]):
+    line = {"id": "a", "logps": logps, "rewards": logps, "tokens": [2, 2], "scores": [1, 0], "preferred": [True, False]}
+    (folder / "validation" / f"step_{step:07d}.jsonl").write_text(json.dumps(line) + "\\n")
 values = {"reward_margin": 0.0, "accuracy": 0.5, "loss": 1.0}
 lines = [{"step": 0, "split": "validation", **values}, {"step": 1, "split": "train", "seconds": 0.5},
          {"step": 1, "split": "validation", **values, "reward_margin": float(os.environ["WORLD_SIZE"])}]
@@ -48,7 +53,11 @@ def test_a_run_that_has_finished_is_kept(job: Path, tmp_path: Path) -> None:
     run = run_of(tmp_path, "name=good")
     assert execute.finished(run, 2) is None
     result = execute.execute(run, 2, tmp_path / "cache")
-    assert result["reward_margin_after"] == 2.0
+    assert (result["reward_margin_after"], result["log_ratio_margin"], result["divergence"]) == (
+        2.0,
+        1.0,
+        0.0,
+    )
     assert execute.finished(run, 2) == result
     assert {path.name for path in run.folder.iterdir()} == {"run.json", "job.log", "experiment"}
     assert (run.folder / "experiment" / "starts").read_text() == f"{tmp_path / 'cache'}\n"
@@ -127,10 +136,10 @@ def test_the_sentence_of_a_failure() -> None:
         "Traceback (most recent call last):\n  File\n[rank0]: RuntimeError: shapes differ\n"
         "Traceback (most recent call last):\n"
     )
-    assert (
-        execute.what_failed(f"bar 1%\rbar 100%\rerror: beta is wrong\n{traceback}{noise}", 1)
-        == "beta is wrong"
-    )
-    assert execute.what_failed(f"some text\n{traceback}{noise}", 1) == "RuntimeError: shapes differ"
-    assert execute.what_failed("torch.OutOfMemoryError: 3 GB\n", 1) == "torch.OutOfMemoryError: 3 GB"
-    assert execute.what_failed(noise, -9) == "the job ended with status -9 and no error message"
+    assert what_failed(f"bar 1%\rbar 100%\rerror: beta is wrong\n{traceback}{noise}", 1) == "beta is wrong"
+    assert what_failed(f"some text\n{traceback}{noise}", 1) == "RuntimeError: shapes differ"
+    assert what_failed("torch.OutOfMemoryError: 3 GB\n", 1) == "torch.OutOfMemoryError: 3 GB"
+    assert what_failed(noise, -9) == "the job ended with status -9 and no error message"
+    usage = "usage: generate.py [-h]\ngenerate.py: error: unrecognized arguments: --topp 1\n"
+    assert what_failed(usage, 2) == "unrecognized arguments: --topp 1"
+    assert what_failed("generate.py: p.jsonl is empty\n", 1) == "p.jsonl is empty"

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import yaml
 
-from mpo_megatron.comparison.plan import ROOT, as_value, composed, plan_runs, read_comparison
+from mpo_megatron.comparison.overrides import as_value
+from mpo_megatron.comparison.plan import DEFAULTS, ROOT, composed, plan_runs, read_comparison
+from mpo_megatron.comparison.sweep import lines_of, points
 from mpo_megatron.errors import UserError
 from mpo_megatron.objectives import names
 
@@ -62,7 +64,7 @@ def test_a_mapping_gives_all_hyper_parameters_of_its_objective(tmp_path: Path) -
     }  # fmt: skip
     path = write(tmp_path, members, common=common)
     assert overrides(path, "sft") == (
-        "model.data.require_preferred=true", "model.mpo.k=3", "model.data.max_length=300", "trainer.max_steps=7",
+        *DEFAULTS, "model.mpo.k=3", "model.data.max_length=300", "trainer.max_steps=7",
         "model.mpo.beta=null", "model.mpo.alpha=null", "model.mpo.k=null", "model.mpo.objective=sft", MODEL,
         "trainer.seed=1",
     )  # fmt: skip
@@ -102,10 +104,10 @@ def test_values_come_through_hydra(value: Any) -> None:
     ("content", "message"),
     [
         ("members: [", "cannot be read"),
-        ("a", "has the keys seeds, common and members, not a"),
+        ("a", "has the keys seeds, common, members, baseline, sweep and samples, not a"),
         ("3", "cannot be read"),
-        ("[1]", "has the keys seeds, common and members, not a list"),
-        ("seed: [1]\nmembers: {a: []}", "has the keys seeds, common and members, not seed, members"),
+        ("[1]", "sweep and samples, not a list"),
+        ("seed: [1]\nmembers: {a: []}", "sweep and samples, not seed, members"),
         ("members: {a: []}", "seeds must be a list of whole numbers such as [1, 2, 3], not None"),
         ("seeds: 3\nmembers: {a: []}", "seeds must be a list of whole numbers such as [1, 2, 3], not 3"),
         ("seeds: [true]\nmembers: {a: []}", "seeds must be a list of whole numbers"),
@@ -118,6 +120,28 @@ def test_values_come_through_hydra(value: Any) -> None:
         ("seeds: [1]\nmembers: {a: [1]}", "members.a: 1 is no override; write key=value"),
         ("seeds: [1]\nmembers: {../a: []}", "members: ../a names a folder"),
         ("seeds: [1]\nmembers: {cache: []}", "members: cache names a folder"),
+        ("seeds: [1]\nmembers: {start: []}", "members: start names a folder"),
+        ("seeds: [1]\nmembers: {a: []}\nbaseline: b", "baseline=b is no member; there are a"),
+        ("seeds: [1]\nmembers: {a: []}\nsweep: [1]", "sweep must give values by key"),
+        ("seeds: [1]\nmembers: {a: []}\nsweep: {beta: 1}", "sweep.beta must be a list of values"),
+        ("seeds: [1]\nmembers: {a: []}\nsweep: {beta: []}", "sweep.beta must be a list of values"),
+        ("seeds: [1]\nmembers: {a: []}\nsweep: {beta: [[1]]}", "sweep.beta must be a list of values"),
+        ("seeds: [1]\nmembers: {a: []}\nsweep: {beta: [1, 1]}", "sweep.beta=[1, 1] has one of them twice"),
+        ("seeds: [1]\nmembers: {a: []}\nsweep: {name: ['a,', 'a;']}", "two points of the name name_a_"),
+        ("seeds: [1]\nmembers: {a: []}\nsweep: {n: {2: beta}}", "sweep.n.2 must be a mapping such as"),
+        ("seeds: [1]\nmembers: {a: []}\nsweep: {trainer.seed: [1]}", "trainer.seed is set by `seeds`"),
+        ("seeds: [1]\nmembers: {a: [], a-beta_1: []}\nsweep: {beta: [1, 1-beta_1]}", "is a point of the sweep, too"),
+        ("seeds: [1]\nmembers: {a: []}\nsamples: {}", "samples must give `generate`"),
+        ("seeds: [1]\nmembers: {a: []}\nsamples: {generate: {}}", "samples.generate has no prompts"),
+        ("seeds: [1]\nmembers: {a: []}\nsamples: {generate: [1]}", "samples.generate must give options of tools/gen"),
+        (
+            "seeds: [1]\nmembers: {a: []}\nsamples: {generate: {prompts: p, model: m}}",
+            "samples.generate.model is set by the comparison",
+        ),
+        (
+            "seeds: [1]\nmembers: {a: []}\nsamples: {generate: {prompts: p}, seeds: [2]}",
+            "samples.seeds=[2] must be some of seeds=[1]",
+        ),
         ("seeds: [1]\nmembers: {a: [trainer.seed=3]}", "trainer.seed is set by `seeds`"),
         ("seeds: [1]\ncommon: {trainer: {seed: 3}}\nmembers: {a: []}", "trainer.seed is set by `seeds`"),
         ("seeds: [1]\nmembers: {a: {model: {mpo: }, exp_manager: {explicit_log_dir: x}}}", "is set by --output"),
@@ -132,6 +156,68 @@ def test_a_wrong_file_is_one_sentence(content: str, message: str, tmp_path: Path
         read_comparison(path)
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_a_sweep_makes_a_member_of_every_point(tmp_path: Path) -> None:
+    """Keys of model.mpo and others, and values by names of one's own; what it gives is not taken back."""
+    sweep = {
+        "alpha": [0, 0.5],
+        "model.data.keep_first": [2, None],
+        "sets": {
+            "one": {"model.data.keep_best": 1, "model.data.keep_worst": 1},
+            "all": {},
+        },
+    }
+    members = {"wmpo": {"objective": "wmpo", "beta": 0.2}, "typed": []}
+    path = write(tmp_path, members, sweep=sweep, baseline="typed")
+    comparison = read_comparison(path)
+    assert comparison.baseline == "typed"
+    names = [
+        f"-alpha_{a}-keep_first_{k}-sets_{s}"
+        for a in ("0", "0.5")
+        for k in ("2", "None")
+        for s in ("one", "all")
+    ]
+    assert list(comparison.members) == [f"{base}{name}" for base in members for name in names]
+    found = comparison.members["wmpo-alpha_0.5-keep_first_None-sets_one"]
+    assert (found.base, found.point) == ("wmpo", {"alpha": 0.5, "keep_first": None, "sets": "one"})
+    for name, member in comparison.members.items():
+        model = composed(member.overrides).model
+        given = {key: value for key, value in model.mpo.hyper_parameters.items() if value is not None}
+        assert given == {"beta": 0.2 if name.startswith("wmpo") else 0.1, "alpha": member.point["alpha"]}
+        sets = 1 if member.point["sets"] == "one" else None
+        assert (model.data.keep_first, model.data.keep_best, model.data.keep_worst) == (
+            member.point["keep_first"], sets, sets,
+        )  # fmt: skip
+    runs = plan_runs(comparison, ["typed", "wmpo-alpha_0-keep_first_2-sets_all"], Path("out"), [MODEL])
+    assert len(runs) == 9
+    assert runs[-1].folder == Path("out/wmpo-alpha_0-keep_first_2-sets_all/seed-1")
+
+
+def test_axes_whose_keys_end_alike_have_whole_names() -> None:
+    (point,) = points({"model.optim.lr": [1], "model.x.lr": [2], "beta": [3]})
+    assert point.values == {"model.optim.lr": 1, "model.x.lr": 2, "beta": 3}
+    assert point.suffix == "-model.optim.lr_1-model.x.lr_2-beta_3"
+
+
+def test_the_lines_of_a_sweep() -> None:
+    grid = points({"a": [1, 2], "b": ["x", "y"]})
+    members = {base + point.suffix: (base, point.values) for base in ("m", "n") for point in grid}
+    found = dict(lines_of(members, "a"))
+    assert list(found) == ["m, b x", "m, b y", "n, b x", "n, b y"]
+    assert found["n, b x"] == [(1, "n-a_1-b_x"), (2, "n-a_2-b_x")]
+    assert dict(lines_of({"m": ("m", {})}, "a")) == {}
+
+
+def test_members_of_several_models_are_not_sampled(tmp_path: Path) -> None:
+    members = {"a": DPO, "b": {**DPO, "model.restore_from_path": str(ROOT / "conf")}}
+    path = write(tmp_path, members, samples={"generate": {"prompts": "p.jsonl"}}, common=[MODEL])
+    with pytest.raises(UserError, match="members begin at 2 models; with `samples` they begin at one"):
+        plan_runs(read_comparison(path), None, Path("out"), [])
+    (run,) = plan_runs(read_comparison(path), ["b"], Path("out"), [])
+    assert (run.start, run.keeps_model) == (ROOT / "conf", True)
+    (run,) = plan_runs(read_comparison(path), ["b"], Path("out"), ['model.export_path=""'])
+    assert not run.keeps_model
 
 
 def test_no_file_is_one_sentence(tmp_path: Path) -> None:
@@ -156,6 +242,8 @@ def test_no_file_is_one_sentence(tmp_path: Path) -> None:
             "member dpo: model.restore_from_path=/no is no folder; give a",
         ),
         (["dpo"], ["exp_manager.explicit_log_dir=x"], "explicit_log_dir is set by --output"),
+        (["dpo"], ["model.export_path=x"], "member dpo: model.export_path=x would be written by every run"),
+        (["dpo"], ["model.data.validation=null"], "member dpo: model.data.validation has no value"),
     ],
 )
 def test_what_the_job_would_not_take_is_said_before_the_first_run(

@@ -63,7 +63,22 @@ def test_best_and_worst_are_kept_in_the_order_of_the_data(data: Path) -> None:
     ]
     report = selected.report
     assert (report.groups_kept, report.skipped_no_preference, report.responses_dropped) == (3, 1, 1)
-    assert "1 of their responses left out by keep_best and keep_worst" in str(report)
+    assert "1 of their responses left out by keep_first, keep_best and keep_worst" in str(report)
+
+
+def test_the_first_responses(data: Path) -> None:
+    """The best and worst are taken of the first; the noise is that of the same responses among all."""
+    assert found(build(data, keep_first=3)) == {
+        "a": ([5.0, 1.0, 3.0], [True, False, False]),
+        "b": ([7.0, 2.0], [True, False]),
+        "d": ([0.0, 6.0, 6.0], [False, True, True]),
+    }
+    assert found(build(data, keep_first=3, keep_best=1, keep_worst=1))["a"] == ([5.0, 1.0], [True, False])
+    few = found(build(data, keep_first=3, score_noise=0.5, needs_preferred=False))
+    every = found(build(data, score_noise=0.5, needs_preferred=False))
+    assert {name: scores for name, (scores, _) in few.items()} == {
+        name: scores[:3] for name, (scores, _) in every.items()
+    }
 
 
 def test_sets_that_were_selected(data: Path) -> None:
@@ -102,6 +117,7 @@ def test_noise_has_the_given_deviation() -> None:
     ("settings", "message"),
     [
         ({"partition": "meen"}, "partition='meen' is not known; choose one of: best, mean, median, selected"),
+        ({"keep_first": 1}, "keep_first=1 must be 2 or more"),
         ({"keep_best": 2}, "keep_best=2 and keep_worst=None go together"),
         ({"keep_best": 2, "keep_worst": 0}, "must be 1 or more"),
         ({"partition": "selected"}, "set keep_best and keep_worst"),

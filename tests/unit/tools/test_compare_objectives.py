@@ -44,3 +44,12 @@ def test_all_members_fail(
     )
     assert "sft, seed 1234 failed: the weights are not all there" in rest
     assert {path.name for path in output.iterdir()} == {"sft", "comparison.csv", "comparison.md"}
+
+
+def test_no_run_is_begun_after_so_long(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out"
+    assert main([FILE, "--output", str(output), "--members", "sft,dpo", "--max-hours", "0", MODEL]) == 0
+    assert (
+        capsys.readouterr().out.splitlines()[-1] == "2 of 2 runs are left; the same command goes on with them"
+    )
+    assert not (output / "sft").exists()

@@ -104,6 +104,24 @@ def test_preferences_are_those_of_the_noisy_scores(tmp_path: Path, model: Path, 
     assert figures["train"]["distributions"]["score"]["most"] == 4.0
 
 
+def test_validation_on_all_responses(tmp_path: Path, capsys: Any) -> None:
+    """Of what training selects nothing is left in it."""
+    data = good(tmp_path)
+    keys = [f"model.data.{split}={data}" for split in ("train", "validation")]
+    keys += ["model.data.keep_best=1", "model.data.keep_worst=1", "model.data.score_noise=3"]
+    _, _, plain = run(capsys, *keys[:2])
+    _, _, selected = run(capsys, *keys)
+    _, _, on_all = run(capsys, *keys, "model.data.validate_on=all")
+    names = ("preferred of a group", "dispreferred of a group")
+    counts = [
+        [figures[split]["distributions"][name] for name in names]
+        for figures in (plain, selected, on_all)
+        for split in ("train", "validation")
+    ]
+    assert counts[0] == counts[1] == counts[5]
+    assert counts[2] == counts[3] == counts[4] != counts[0]
+
+
 def test_what_is_there_twice(tmp_path: Path, capsys: Any) -> None:
     train, validation = tmp_path / "train.jsonl", tmp_path / "validation.jsonl"
     same = [{"text": text, "score": 1.0} for text in ("Red.", " Red.", "Red.", "Blue.")]
