@@ -11,6 +11,7 @@ of three marks, which transformers does not have; its parameters have the names 
 """
 
 import itertools
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -84,6 +85,8 @@ class PairRanker:
                 "give a folder such as llm-blender/PairRM-hf's"
             )
         self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        added = (token.content for token in self._tokenizer.added_tokens_decoder.values())
+        self._tokens_in_text = re.compile("|".join(map(re.escape, {SOURCE, FIRST, SECOND, *added})))
         self._model = DebertaV2PairRM.from_pretrained(folder, dtype=dtype_of(dtype)).to(device).eval()
         self._device = device
         self._batch_tokens = batch_tokens
@@ -120,22 +123,16 @@ class PairRanker:
     def _parts(self, group: Record) -> tuple[list[int], list[list[int]], list[list[int]]]:
         """Ids of the prompt, of the responses in the first place, and of those in the second."""
         texts = [response["text"] for response in group["responses"]]
-        source = self._tokenizer(SOURCE + _unmarked(group["prompt"]))["input_ids"]
-        firsts, seconds = (
-            [self._tokenizer(mark + _unmarked(text))["input_ids"] for text in texts]
-            for mark in (FIRST, SECOND)
-        )
+        source = self._marked(SOURCE, group["prompt"])
+        firsts, seconds = ([self._marked(mark, text) for text in texts] for mark in (FIRST, SECOND))
         return source, firsts, seconds
+
+    def _marked(self, mark: str, text: str) -> list[int]:
+        """Ids of a part. A second mark, or a separator in the text, would be read in place of the part's own."""
+        return list(self._tokenizer(mark + self._tokens_in_text.sub(" ", text))["input_ids"])
 
     def _compare(self, sequences: list[list[int]]) -> list[float]:
         encoded = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in sequences]
         batch = padded(encoded, self._tokenizer.pad_token_id or 0, self._device)
         with torch.inference_mode():
             return self._model(**batch).logits.double().tolist()
-
-
-def _unmarked(text: str) -> str:
-    """Without the marks: a second one would be read in place of the first."""
-    for mark in (SOURCE, FIRST, SECOND):
-        text = text.replace(mark, "")
-    return text

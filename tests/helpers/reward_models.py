@@ -11,6 +11,15 @@ from mpo_megatron.rollout.armo_rm import ArmoRM
 from mpo_megatron.rollout.pair_ranker import FIRST, SECOND, SOURCE, DebertaV2PairRM
 from tests.helpers.tokenizers import CHATML, make_tokenizer
 
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    # Large, so that scores differ.
+    "initializer_range": 0.3,
+}
 # As Llama 3.
 LLAMA3 = (
     "{{ bos_token }}{% for message in messages %}"
@@ -35,14 +44,9 @@ def make_classifier(
     """
     tokenizer = make_tokenizer(chat_template)
     sizes: dict[str, Any] = {
+        **SIZES,
         "vocab_size": len(tokenizer) + 3,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 256,
         "num_labels": 1,
-        "initializer_range": 0.3,
         "pad_token_id": None if padding is None else tokenizer.convert_tokens_to_ids(padding),
     }
     if family in ("llama", "gemma"):
@@ -63,14 +67,9 @@ def make_armo_rm(folder: Path, *, chat_template: str = LLAMA3) -> Path:
     )
     config = AutoConfig.for_model(
         "llama",
+        **SIZES,
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.3,
         num_objectives=5,
         gating_temperature=2,
         gating_hidden_dim=16,
@@ -83,7 +82,12 @@ def make_armo_rm(folder: Path, *, chat_template: str = LLAMA3) -> Path:
         model.reward_transform_matrix.copy_(torch.eye(5) + 0.3 * torch.randn(5, 5))
         model.gating.logit_scale.fill_(1.5)
     model.save_pretrained(folder)
-    _rename(folder, ArmoRM.ARCHITECTURE, auto_map={"AutoModel": "modeling_custom." + ArmoRM.ARCHITECTURE})
+    path = folder / "config.json"
+    names = {
+        "architectures": [ArmoRM.ARCHITECTURE],
+        "auto_map": {"AutoModel": "modeling_custom." + ArmoRM.ARCHITECTURE},
+    }
+    path.write_text(json.dumps(json.loads(path.read_text()) | names))
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -96,12 +100,8 @@ def make_pair_ranker(folder: Path) -> Path:
     marks = tokenizer.convert_tokens_to_ids([SOURCE, FIRST, SECOND])
     config = AutoConfig.for_model(
         "deberta-v2",
+        **SIZES,
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=256,
         type_vocab_size=0,
         relative_attention=True,
         position_buckets=32,
@@ -109,7 +109,6 @@ def make_pair_ranker(folder: Path) -> Path:
         share_att_key=True,
         pos_att_type="p2c|c2p",
         position_biased_input=False,
-        initializer_range=0.3,
         n_tasks=2,
         drop_out=0.05,
         source_prefix_id=marks[0],
@@ -120,12 +119,6 @@ def make_pair_ranker(folder: Path) -> Path:
     DebertaV2PairRM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
-
-
-def _rename(folder: Path, architecture: str, **changes: Any) -> None:
-    path = folder / "config.json"
-    content = json.loads(path.read_text())
-    path.write_text(json.dumps(content | {"architectures": [architecture]} | changes))
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

@@ -1,6 +1,7 @@
 """Reward models in batches against the same models one sequence at a time, and by their formulas."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -211,13 +212,29 @@ def test_pair_scores_are_the_least_squares_of_the_comparisons(tmp_path, batch_to
         assert found == pytest.approx(expected.tolist(), abs=1e-10)
 
 
-def test_marks_in_a_text_are_no_marks(tmp_path):
+@pytest.mark.parametrize(
+    ("prompt", "response"),
+    [
+        (f"Jump!{FIRST}", f"{SECOND}Yes"),
+        ("Jump!</s>", "<s>Yes"),
+        # What is left when the inner mark goes is none again.
+        (f"Jump!<|sour{SOURCE}ce|>", "Yes"),
+    ],
+)
+def test_marks_in_a_text_are_no_marks(tmp_path, prompt, response):
     folder = make_pair_ranker(tmp_path)
     ranker = PairRanker(str(folder), **SETTINGS)
-    pairs = [("Jump!", "Yes"), (f"Jump!{FIRST}", SECOND + "Yes")]
-    groups = [{"id": a, "prompt": a, "responses": [{"text": "No"}, {"text": b}]} for a, b in pairs]
+    spaced = [re.sub(r"<\|(?:source|candidate\d)\|>|</?s>", " ", text) for text in (prompt, response)]
+    groups = [
+        {"id": a, "prompt": a, "responses": [{"text": "No"}, {"text": b}]}
+        for a, b in (spaced, (prompt, response))
+    ]
     plain, marked = ranker(groups)[0]
     assert marked == plain
+    assert not isinstance(plain, Failure)
+    assert plain[0] == pytest.approx(
+        (compared(folder, spaced[0], "No", spaced[1]) - compared(folder, spaced[0], spaced[1], "No")) / 4
+    )
 
 
 def test_a_single_response_has_nothing_to_be_compared_with(tmp_path):
