@@ -15,6 +15,7 @@ from typing import Any
 
 from mpo_megatron.errors import UserError
 from mpo_megatron.rollout.generation import Sampling, prompt_batches, start_sampler, start_vllm
+from mpo_megatron.rollout.options import add_placement, check_at_least_one
 from mpo_megatron.rollout.parts import begin, digest_of, digest_of_folder
 from mpo_megatron.rollout.records import Record, read_prompts
 from mpo_megatron.rollout.work import work_off
@@ -72,25 +73,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="sequences (prompts x samples) that are sampled together (default 128, with vllm 8192)",
     )
     add("--seed", type=int, default=0, help="same seed and settings, same responses (default %(default)s)")
-    add(
-        "--processes",
-        type=int,
-        default=1,
-        help="processes that share the prompts, each with a model of its own (default %(default)s)",
-    )
-    add(
-        "--dtype",
-        choices=("bfloat16", "float32"),
-        default="float32",
-        help="bfloat16 is quicker on GPUs (default %(default)s)",
-    )
+    add_placement(add, "prompts")
     add(
         "--backend",
         choices=("hf", "vllm"),
         default="hf",
-        help="what samples: the model in transformers, or vLLM, on GPUs (default %(default)s)",
+        help="what samples: the model in transformers, or vLLM, on GPUs, whatever --device (default %(default)s)",
     )
-    add("--device", default=None, help="torch device of hf; left out: cuda where there is one, otherwise cpu")
     add(
         "--gpus-per-process",
         type=int,
@@ -110,10 +99,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def generate(args: argparse.Namespace) -> None:
     if not args.model.is_dir():
         raise UserError(f"--model {args.model} is not a folder; give a Hugging Face model's folder")
-    if args.processes < 1 or args.gpus_per_process < 1:
-        raise UserError(
-            f"--processes {args.processes} and --gpus-per-process {args.gpus_per_process} must be at least 1"
-        )
+    check_at_least_one(args, "--processes", "--gpus-per-process", "--limit")
     if args.batch_size is None:
         args.batch_size = max(args.samples, 8192 if args.backend == "vllm" else 128)
     prompts = select(read_prompts(args.prompts), args)
@@ -157,8 +143,6 @@ def kept_fields(record: Record) -> Record:
 
 def select(records: list[Record], args: argparse.Namespace) -> list[Record]:
     chosen = [record for record in records if args.split in ("all", record.get("split"))]
-    if args.limit is not None and args.limit < 1:
-        raise UserError(f"--limit {args.limit} leaves no prompt; give at least 1")
     if not chosen:
         raise UserError(f'{args.prompts} has no prompt with "split": "{args.split}"; use --split all')
     return chosen[: args.limit]

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from mpo_megatron.errors import UserError
+from mpo_megatron.rollout.options import add_placement, check_at_least_one
 from mpo_megatron.rollout.parts import begin, digest_of, digest_of_folder
 from mpo_megatron.rollout.records import Record, read_groups
 from mpo_megatron.rollout.rewards import USABLE_SPREAD, Summary, summarise, summarise_by_type
@@ -90,9 +91,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def _add_models(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--model", type=Path, help="Hugging Face folder")
-    add("--dtype", choices=("bfloat16", "float32"), default="float32", help="default %(default)s")
-    add("--device", default=None, help="torch device; left out: cuda where there is one, otherwise cpu")
-    add("--processes", type=int, default=1, help="processes that share the groups (default %(default)s)")
+    add_placement(add, "groups")
     add(
         "--batch-tokens",
         type=int,
@@ -177,10 +176,7 @@ def scorer_of(args: argparse.Namespace) -> Iterator[Scorer]:
 def _model_scorer(args: argparse.Namespace, settings: dict[str, Any]) -> Scorer:
     if not (args.model / "config.json").is_file():
         raise UserError(f"--model {args.model} has no config.json; give a Hugging Face model's folder")
-    if args.batch_tokens < 1 or args.processes < 1 or (args.max_length or 1) < 1:
-        raise UserError(
-            f"--batch-tokens {args.batch_tokens}, --processes {args.processes} and --max-length must be at least 1"
-        )
+    check_at_least_one(args, "--batch-tokens", "--processes", "--max-length")
     made_with = {"dtype": args.dtype, "batch_tokens": args.batch_tokens, "max_length": args.max_length}
     if args.scorer == "reward-model":
         made_with["weights"] = args.objective_weights

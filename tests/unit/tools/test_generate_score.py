@@ -3,7 +3,6 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -11,21 +10,7 @@ import torch
 from mpo_megatron.rollout import parts
 from mpo_megatron.rollout.rewards import verified_score
 from tests.helpers.models import make_llama
-
-TOOLS = Path(__file__).parents[3] / "tools"
-
-
-def load(name: str) -> ModuleType:
-    """The command line as a module; tools/ is no package."""
-    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-generate, score = load("generate"), load("score")
+from tools import generate, score
 
 PROMPT_RECORDS = [
     {

@@ -14,7 +14,8 @@ from mpo_megatron.rollout.pair_ranker import PairRanker
 from mpo_megatron.rollout.reward_models import RewardModel
 from tests.helpers.judge_server import completion, failure, judge_server
 from tests.helpers.reward_models import make_classifier, make_pair_ranker
-from tests.unit.tools.test_generate_score import read, score, write
+from tests.unit.tools.test_generate_score import read, write
+from tools import score
 
 GROUPS: list[dict[str, Any]] = [
     {"id": f"g{number}", "prompt": f"Name {number} colours.", "responses": [
@@ -209,8 +210,9 @@ def test_options_that_make_no_sense(groups, tmp_path):
     with pytest.raises(SystemExit, match=r"has no config\.json"):
         run(groups, "--scorer", "reward-model", "--model", str(tmp_path))
     folder = str(make_classifier(tmp_path / "model"))
-    with pytest.raises(SystemExit, match="--batch-tokens 0, "):
-        run(groups, "--scorer", "reward-model", "--model", folder, "--batch-tokens", "0")
+    for option in ("--batch-tokens", "--processes", "--max-length"):
+        with pytest.raises(SystemExit, match=f"{option} 0 must be at least 1"):
+            run(groups, "--scorer", "reward-model", "--model", folder, option, "0")
     with pytest.raises(SystemExit, match="--objective-weights are for --scorer reward-model"):
         run(groups, "--scorer", "pair-ranker", "--model", folder, "--objective-weights", "1,2")
     judge = ("--scorer", "judge", "--judge-url", "http://x/v1", "--judge-model", "m")
