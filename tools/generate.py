@@ -14,13 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from mpo_megatron.errors import UserError
-from mpo_megatron.rollout.generation import Sampling, prompt_batches, start_sampler, start_vllm
+from mpo_megatron.rollout.generation import (
+    Sampling,
+    prompt_batches,
+    start_sampler,
+    start_vllm,
+    temperature_of,
+)
 from mpo_megatron.rollout.options import add_placement, check_at_least_one
 from mpo_megatron.rollout.parts import begin, digest_of, digest_of_folder
 from mpo_megatron.rollout.records import Record, read_prompts
 from mpo_megatron.rollout.work import work_off
 
-KEPT_FIELDS = ("id", "split", "prompt", "constraints", "topic_words")
+KEPT_FIELDS = ("id", "split", "prompt", "temperature", "constraints", "topic_words")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -44,7 +50,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--prompts",
         type=Path,
         required=True,
-        help='JSONL with "id", "prompt", "constraints" [, "topic_words", "split"]',
+        help='JSONL with "id" and "prompt" [, "temperature", "constraints", "topic_words", "split"]',
     )
     add("--output", type=Path, required=True, help='JSONL to write: the prompts with "responses"')
     add("--samples", type=int, default=4, help="responses per prompt (default %(default)s)")
@@ -52,7 +58,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--temperature",
         type=float,
         default=1.0,
-        help="1.0 samples from the model's own distribution (default %(default)s)",
+        help="1.0 samples from the model's own distribution, 0 takes the likeliest token (default %(default)s)",
     )
     add(
         "--top-p",
@@ -104,7 +110,10 @@ def generate(args: argparse.Namespace) -> None:
         args.batch_size = max(args.samples, 8192 if args.backend == "vllm" else 128)
     prompts = select(read_prompts(args.prompts), args)
     sampling = Sampling(args.samples, args.temperature, args.top_p, args.max_new_tokens, args.seed)
-    prompt_batches([], args.samples, args.batch_size)  # checks them
+    # Before the model is read.
+    prompt_batches([], args.samples, args.batch_size)
+    for record in prompts:
+        temperature_of(record, sampling)
     if args.backend == "vllm":
         start = partial(start_vllm, str(args.model), sampling, args.dtype, args.gpus_per_process)
     else:

@@ -55,6 +55,7 @@ def run(arguments: argparse.Namespace) -> Report:
                 rows,
                 torch.ones_like(rows),
                 torch.from_numpy(draws).to(device),
+                torch.full((len(draws),), sampling.temperature, device=device),
                 sampling=sampling,
                 stop_ids=torch.tensor([], dtype=torch.long, device=device),
             )

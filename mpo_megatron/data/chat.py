@@ -1,6 +1,7 @@
 """Chat templates: from a conversation and an answer to what the model is given and what it says."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from mpo_megatron.data.schema import Message, RecordError
@@ -32,7 +33,7 @@ class ChatTemplate:
 
     def prompt(self, messages: Sequence[Message], where: str) -> str:
         """The conversation up to where the model begins to speak. RecordError if the template refuses it."""
-        return self._render(self._turns(messages), where)
+        return render(self._tokenizer, self._turns(messages), where)
 
     def answer(self, messages: Sequence[Message], prompt: str, text: str, where: str) -> tuple[str, bool]:
         """What the model says after `prompt`, without `end`, and whether the template writes the text so.
@@ -42,7 +43,8 @@ class ChatTemplate:
         the model said.
         """
         text = text.removesuffix(self.end.strip())  # samplers may leave the end-of-turn token in the text
-        rendered = self._render([*self._turns(messages), {"role": "assistant", "content": text}], where)
+        answered = [*self._turns(messages), {"role": "assistant", "content": text}]
+        rendered = render(self._tokenizer, answered, where)
         if rendered.startswith(prompt):
             said = rendered[len(prompt) :]
             for body in (text, text.strip()):
@@ -52,32 +54,17 @@ class ChatTemplate:
         return text, False
 
     def _turns(self, messages: Sequence[Message]) -> Turns:
-        turns = [{"role": message.role, "content": message.content} for message in messages]
+        turns = [asdict(message) for message in messages]
         return turns if turns[0]["role"] == "system" else self._system + turns
-
-    def _render(self, turns: Turns, where: str) -> str:
-        """The conversation as text; with the generation prompt unless its last turn is an answer."""
-        try:
-            text = self._tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=turns[-1]["role"] != "assistant"
-            )
-        except Exception as error:  # a template is a program, and raises what it likes
-            roles = ", ".join(turn["role"] for turn in turns[:_SHOWN_TURNS])
-            roles += f" and {len(turns) - _SHOWN_TURNS} more" if len(turns) > _SHOWN_TURNS else ""
-            fix = "remove the system message" if "system" in roles else "change the order of the turns"
-            reason = " ".join(str(error).split())[:200]
-            problem = f"the tokenizer's chat template refuses messages of {roles} ({reason}); {fix}"
-            raise RecordError(where, problem, "template") from None
-        assert isinstance(text, str)
-        return text
 
     def _learn_turn(self) -> tuple[str, str]:
         """What the template writes before an answer, and after it through the end-of-turn token."""
         question = [*self._system, {"role": "user", "content": "question"}]
         where = "system_prompt" if self._system else "a prompt of one user turn"
         try:
-            prompt = self._render(question, where)
-            whole = self._render([*question, {"role": "assistant", "content": _PROBE}], where)
+            prompt = render(self._tokenizer, question, where)
+            answered = [*question, {"role": "assistant", "content": _PROBE}]
+            whole = render(self._tokenizer, answered, where)
             without = self._tokenizer.apply_chat_template(
                 question, tokenize=False, add_generation_prompt=False
             )
@@ -106,3 +93,23 @@ class ChatTemplate:
         if not self._tokenizer.eos_token:
             raise ConfigError("neither chat template nor tokenizer has an end-of-turn token; set eos_token")
         return str(self._tokenizer.eos_token)
+
+
+def render(tokenizer: "PreTrainedTokenizerBase", turns: Turns, where: str) -> str:
+    """The conversation as the chat template writes it, with the generation prompt unless its last turn is an answer.
+
+    Raises RecordError if the template refuses it.
+    """
+    try:
+        text = tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=turns[-1]["role"] != "assistant"
+        )
+    except Exception as error:  # a template is a program, and raises what it likes
+        roles = ", ".join(turn["role"] for turn in turns[:_SHOWN_TURNS])
+        roles += f" and {len(turns) - _SHOWN_TURNS} more" if len(turns) > _SHOWN_TURNS else ""
+        fix = "remove the system message" if "system" in roles else "change the order of the turns"
+        reason = " ".join(str(error).split())[:200]
+        problem = f"the tokenizer's chat template refuses messages of {roles} ({reason}); {fix}"
+        raise RecordError(where, problem, "template") from None
+    assert isinstance(text, str)
+    return text

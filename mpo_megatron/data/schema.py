@@ -144,7 +144,7 @@ def _group(record: Record, where: str, prompt_key: str | None) -> ScoredGroup:
     return ScoredGroup(
         # By default the same wherever the file lies.
         id=_readable(str(own_id), "the id", where) if own_id is not None else where.rpartition("/")[2],
-        messages=_messages(parts.prompt, where),
+        messages=conversation(parts.prompt, where),
         responses=tuple(response for response, _ in scored),
         where=where,
     )
@@ -279,8 +279,11 @@ def _readable(text: str, name: str, where: str) -> str:
     return text
 
 
-def _messages(prompt: Any, where: str) -> tuple[Message, ...]:
-    """A text is one user turn; a list of {"role", "content"} must have known roles and end with "user"."""
+def conversation(prompt: Any, where: str) -> tuple[Message, ...]:
+    """The turns of a prompt: a text is one user turn.
+
+    Raises RecordError unless a list of {"role", "content"} has known roles and ends with a user turn that is not empty.
+    """
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     turns = _objects(prompt, "the prompt", where)

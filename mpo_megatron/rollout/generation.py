@@ -1,13 +1,14 @@
 """What is asked of a sampler, the random numbers of each sample, and the batches that prompts are sampled in."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from mpo_megatron.errors import UserError
-from mpo_megatron.rollout.records import Record
+from mpo_megatron.rollout.records import Record, prompt_text
 from mpo_megatron.rollout.work import Worker
 
 
@@ -26,12 +27,24 @@ class Sampling:
             raise UserError(
                 f"samples={self.samples} and max_new_tokens={self.max_new_tokens} must be at least 1; raise them"
             )
-        if not self.temperature > 0:
-            raise UserError(
-                f"temperature={self.temperature} must be above 0: samples would all be the same; try 1.0"
-            )
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature={self.temperature} must be a number from 0; try 1.0")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p={self.top_p} must be above 0 and at most 1; 1.0 samples from all tokens")
+
+
+def temperature_of(record: Record, sampling: Sampling) -> float:
+    """The record's own "temperature", or that of the run; at 0 the likeliest token is taken.
+
+    Raises UserError for 0 and several samples.
+    """
+    temperature: float = record.get("temperature", sampling.temperature)
+    if temperature == 0 and sampling.samples > 1:
+        raise UserError(
+            f"record {record['id']!r} has temperature 0, at which its {sampling.samples} samples would be the same; "
+            "take 1 sample, or a higher temperature"
+        )
+    return temperature
 
 
 def uniforms(seed: int, prompt_id: str, sample: int, count: int) -> np.ndarray:
@@ -50,7 +63,7 @@ def prompt_batches(records: Sequence[Record], samples: int, batch_size: int) -> 
         raise UserError(
             f"batch_size={batch_size} counts sequences and must hold a prompt's {samples} samples; raise it"
         )
-    ordered = sorted(records, key=lambda record: -len(record["prompt"]))
+    ordered = sorted(records, key=lambda record: -len(prompt_text(record)))
     size = batch_size // samples
     return [ordered[first : first + size] for first in range(0, len(ordered), size)]
 

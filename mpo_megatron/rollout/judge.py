@@ -22,7 +22,7 @@ import aiohttp
 import tenacity
 
 from mpo_megatron.errors import UserError
-from mpo_megatron.rollout.records import Record
+from mpo_megatron.rollout.records import Record, prompt_text
 from mpo_megatron.rollout.work import Failure
 
 PROMPT = """\
@@ -141,7 +141,7 @@ class Judge:
             try:
                 async with asyncio.TaskGroup() as tasks:
                     asked = [
-                        [tasks.create_task(one(group["prompt"], answer["text"])) for answer in group["responses"]]
+                        [tasks.create_task(one(prompt_text(group), answer["text"])) for answer in group["responses"]]
                         for group in groups
                     ]  # fmt: skip
             except ExceptionGroup as errors:

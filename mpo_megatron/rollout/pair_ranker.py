@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoTokenizer, DebertaV2Model, DebertaV2Pre
 
 from mpo_megatron.errors import UserError
 from mpo_megatron.rollout.devices import dtype_of
-from mpo_megatron.rollout.records import Record
+from mpo_megatron.rollout.records import Record, prompt_text
 from mpo_megatron.rollout.reward_models import batches_by_length, padded
 from mpo_megatron.rollout.work import Failure
 
@@ -123,7 +123,7 @@ class PairRanker:
     def _parts(self, group: Record) -> tuple[list[int], list[list[int]], list[list[int]]]:
         """Ids of the prompt, of the responses in the first place, and of those in the second."""
         texts = [response["text"] for response in group["responses"]]
-        source = self._marked(SOURCE, group["prompt"])
+        source = self._marked(SOURCE, prompt_text(group))
         firsts, seconds = ([self._marked(mark, text) for text in texts] for mark in (FIRST, SECOND))
         return source, firsts, seconds
 

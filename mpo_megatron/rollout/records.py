@@ -1,12 +1,16 @@
 """Prompts and groups in the files that tools/generate.py and tools/score.py read and write."""
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mpo_megatron.data.chat import Turns
 from mpo_megatron.data.readers import read_records
+from mpo_megatron.data.schema import RecordError, conversation
 from mpo_megatron.errors import UserError
 from mpo_megatron.rollout.constraints import check_constraint
 
@@ -14,7 +18,9 @@ Record = dict[str, Any]
 
 
 def read_prompts(path: Path) -> list[Record]:
-    """The records {"id", "prompt", "constraints"?, "topic_words"?, "split"?} of a JSONL file, checked.
+    """The records {"id", "prompt", "temperature"?, "constraints"?, "topic_words"?, "split"?} of a JSONL file, checked.
+
+    The prompt is a text, or a list of turns {"role", "content"} that ends with the user's.
 
     Raises:
         UserError: the file is missing or empty, a line is broken, lacks a field or has one of the wrong kind, an id
@@ -32,13 +38,34 @@ def read_groups(path: Path, *, constraints: bool = True) -> list[Record]:
     return _read(path, _check_constrained if constraints else _check_group)
 
 
+def turns(record: Record) -> Turns:
+    """The conversation that a record's prompt is."""
+    return [asdict(message) for message in conversation(record["prompt"], f"record {record['id']!r}")]
+
+
+def prompt_text(record: Record) -> str:
+    """The prompt as one text: what the user says in a single turn; of several, each with who says it."""
+    said = turns(record)
+    if len(said) == 1:
+        return said[0]["content"]
+    return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in said)
+
+
 def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Writes one JSON object a line, under a temporary name first: a run that dies leaves no half file."""
+    _write(path, (json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes one JSON value, as `write_jsonl` does."""
+    _write(path, [json.dumps(value, ensure_ascii=False, indent=2) + "\n"])
+
+
+def _write(path: Path, pieces: Iterable[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".partial")
     with temporary.open("w", encoding="utf-8") as file:
-        for record in records:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        file.writelines(pieces)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -69,13 +96,30 @@ def _check_prompt(record: object) -> None:
             f"found {type(record).__name__} where a JSON object is needed; write one {{...}} a line"
         )
     for name in ("id", "prompt"):
-        if not isinstance(record.get(name), str) or not record[name].strip():
-            raise UserError(f"{name}={record.get(name)!r} must be a text that is not empty; add it")
+        value = record.get(name)
+        if name == "prompt" and isinstance(value, list):
+            _check_turns(value)
+        elif not isinstance(value, str) or not value.strip():
+            raise UserError(f"{name}={value!r} must be a text that is not empty; add it")
+    temperature = record.get("temperature", 1)
+    if (
+        isinstance(temperature, bool)
+        or not isinstance(temperature, int | float)
+        or not 0 <= temperature < math.inf
+    ):
+        raise UserError(f"temperature={temperature!r} must be a number from 0; correct it or leave it out")
     if "constraints" in record:
         _check_constraints(record["constraints"])
     topics = record.get("topic_words", [])
     if not isinstance(topics, list) or not all(isinstance(topic, str) and topic.strip() for topic in topics):
         raise UserError(f"topic_words={topics!r} must be a list of words; correct it or leave it out")
+
+
+def _check_turns(prompt: list[Any]) -> None:
+    try:
+        conversation(prompt, "")
+    except RecordError as error:
+        raise UserError(error.problem) from None
 
 
 def _check_constraints(constraints: object) -> None:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+from mpo_megatron.data.chat import render
 from mpo_megatron.errors import UserError
 from mpo_megatron.rollout.armo_rm import ArmoRM
 from mpo_megatron.rollout.devices import dtype_of
-from mpo_megatron.rollout.records import Record
+from mpo_megatron.rollout.records import Record, prompt_text, turns
 from mpo_megatron.rollout.work import Failure
 
 Encoded = dict[str, list[int]]
@@ -25,8 +26,8 @@ Encoded = dict[str, list[int]]
 class RewardModel:
     """Sequence classification with one output, which is the score, or with K outputs and a weight for each.
 
-    The text is the chat template's of a user and an assistant turn, or, for a tokenizer without one, the pair of prompt
-    and response.
+    The text is the chat template's of the prompt's turns and the assistant's, or, for a tokenizer without one, the pair
+    of prompt and response.
     """
 
     def __init__(
@@ -61,9 +62,7 @@ class RewardModel:
     def __call__(self, groups: list[Record]) -> tuple[list[list[float] | Failure], int]:
         """The scores of each group's responses, or why it has none, and the tokens read."""
         encoded = [
-            self._encode(group["prompt"], response["text"])
-            for group in groups
-            for response in group["responses"]
+            self._encode(group, response["text"]) for group in groups for response in group["responses"]
         ]
         lengths = [len(sequence["input_ids"]) for sequence in encoded]
         fitting = [number for number, length in enumerate(lengths) if length <= self._max_length]
@@ -86,11 +85,11 @@ class RewardModel:
                 values.append([scores[number] for number in numbers])
         return values, sum(lengths[number] for number in fitting)
 
-    def _encode(self, prompt: str, response: str) -> Encoded:
+    def _encode(self, group: Record, response: str) -> Encoded:
         if self._tokenizer.chat_template is None:
-            return dict(self._tokenizer(prompt, response))
-        chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-        text = self._tokenizer.apply_chat_template(chat, tokenize=False)
+            return dict(self._tokenizer(prompt_text(group), response))
+        chat = [*turns(group), {"role": "assistant", "content": response}]
+        text = render(self._tokenizer, chat, f"group {group['id']!r}")
         # The template holds the special tokens.
         return dict(self._tokenizer(text, add_special_tokens=False))
 

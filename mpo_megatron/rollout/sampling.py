@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from mpo_megatron.data.chat import render
 from mpo_megatron.errors import UserError
 from mpo_megatron.rollout.devices import dtype_of
-from mpo_megatron.rollout.generation import Sampling, uniforms
-from mpo_megatron.rollout.records import Record
+from mpo_megatron.rollout.generation import Sampling, temperature_of, uniforms
+from mpo_megatron.rollout.records import Record, turns
 
 
 class HuggingFaceSampler:
@@ -42,26 +43,28 @@ class HuggingFaceSampler:
         self._stop_ids = stop_ids(model.generation_config.eos_token_id, self._tokenizer)
 
     def __call__(self, records: list[Record]) -> tuple[list[list[dict[str, str]]], int]:
-        """Samples responses to each record's "prompt", as one user turn in the model's chat template.
+        """Samples responses to each record's "prompt", in the model's chat template.
 
         Returns lists of {"text", "finish_reason"} in the order of `records`, and the number of tokens sampled. The
         finish reason is "stop" if the model ended its turn, "length" if `max_new_tokens` cut it off; the text is what
         the tokenizer decodes without special tokens, not stripped.
         """
         samples, length = self._sampling.samples, self._sampling.max_new_tokens
-        inputs = [encode(self._tokenizer, record["prompt"]) for record in records]
+        inputs = [encode(self._tokenizer, record) for record in records]
         batch = self._tokenizer.pad({"input_ids": inputs}, return_tensors="pt").to(self._device)
         draws = [
             uniforms(self._sampling.seed, record["id"], sample, length)
             for record in records
             for sample in range(samples)
         ]
+        temperatures = [temperature_of(record, self._sampling) for record in records for _ in range(samples)]
         with torch.inference_mode():
             rows = sample_rows(
                 self._model,
                 batch["input_ids"],
                 batch["attention_mask"],
                 torch.from_numpy(np.stack(draws)).to(self._device),
+                torch.tensor(temperatures, device=self._device),
                 sampling=self._sampling,
                 stop_ids=torch.tensor(self._stop_ids, device=self._device),
             )
@@ -75,15 +78,16 @@ def sample_rows(
     input_ids: Tensor,
     attention_mask: Tensor,
     draws: Tensor,
+    temperatures: Tensor,
     *,
     sampling: Sampling,
     stop_ids: Tensor,
 ) -> list[list[int]]:
     """Token ids of the S rows in order, each through its end token if it came to one.
 
-    `input_ids` and `attention_mask` are [P, T], padded on the left, `draws` [S, N] in [0, 1). transformers' generate
-    would run each prompt `samples` times and keep finished rows until the last one ends, which costs more than twice
-    the time on a CPU.
+    `input_ids` and `attention_mask` are [P, T], padded on the left, `draws` [S, N] in [0, 1), `temperatures` [S].
+    transformers' generate would run each prompt `samples` times and keep finished rows until the last one ends, which
+    costs more than twice the time on a CPU.
     """
     samples = sampling.samples
     first_positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
@@ -104,7 +108,7 @@ def sample_rows(
     running = torch.ones_like(rows, dtype=torch.bool)
     sampled: list[list[int]] = [[] for _ in rows]
     for step in range(sampling.max_new_tokens):
-        tokens = draw_tokens(logits, sampling.temperature, sampling.top_p, draws[rows, step])
+        tokens = draw_tokens(logits, temperatures[rows], sampling.top_p, draws[rows, step])
         for row, token in zip(rows[running].tolist(), tokens[running].tolist(), strict=True):
             sampled[row].append(token)
         running &= ~torch.isin(tokens, stop_ids)
@@ -129,12 +133,19 @@ def sample_rows(
     return sampled
 
 
-def draw_tokens(logits: Tensor, temperature: float, top_p: float, draws: Tensor) -> Tensor:
+def draw_tokens(logits: Tensor, temperatures: Tensor, top_p: float, draws: Tensor) -> Tensor:
     """One token id for each row of `logits` [S, V], from the likeliest tokens that hold `top_p` of the probability.
 
-    It is the token at which the running sum of probabilities passes the row's number in `draws` [S], float64 in [0, 1).
+    It is the token at which the running sum of probabilities passes the row's number in `draws` [S], float64 in [0, 1);
+    in rows whose number in `temperatures` [S] is 0, the likeliest.
     """
-    probabilities = (logits.float() / temperature).softmax(dim=-1)
+    greedy = temperatures == 0
+    tokens = _drawn(logits.float() / temperatures.masked_fill(greedy, 1)[:, None], top_p, draws)
+    return torch.where(greedy, logits.argmax(-1), tokens) if greedy.any() else tokens
+
+
+def _drawn(logits: Tensor, top_p: float, draws: Tensor) -> Tensor:
+    probabilities = logits.softmax(dim=-1)
     if top_p < 1:
         # The head of the distribution is enough nearly always, and far cheaper to sort than the whole vocabulary.
         head = min(2048, probabilities.shape[-1])
@@ -189,10 +200,9 @@ def stop_ids(from_model: int | list[int] | None, tokenizer: PreTrainedTokenizerB
     return found
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """The ids of a user turn and of the beginning of its answer."""
-    chat = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+def encode(tokenizer: PreTrainedTokenizerBase, record: Record) -> list[int]:
+    """The ids of a record's prompt and of the beginning of its answer; raises UserError if the template refuses it."""
+    text = render(tokenizer, turns(record), f"record {record['id']!r}")
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template holds the special tokens
 
 

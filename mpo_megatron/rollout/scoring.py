@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from mpo_megatron.errors import UserError
-from mpo_megatron.rollout.records import Record
+from mpo_megatron.rollout.records import Record, prompt_text
 from mpo_megatron.rollout.rewards import verified_score
 from mpo_megatron.rollout.work import Worker
 
@@ -109,7 +109,7 @@ def _by_constraints(group: Record) -> list[float]:
             verified_score(
                 response["text"],
                 group["constraints"],
-                prompt=group["prompt"],
+                prompt=prompt_text(group),
                 finished=response["finish_reason"] == "stop",
                 topic_words=group.get("topic_words", ()),
             ),

@@ -10,7 +10,7 @@ import os
 from typing import Any
 
 from mpo_megatron.errors import UserError
-from mpo_megatron.rollout.generation import Sampling
+from mpo_megatron.rollout.generation import Sampling, temperature_of
 from mpo_megatron.rollout.records import Record
 from mpo_megatron.rollout.sampling import chat_tokenizer, encode, response, stop_ids
 
@@ -53,21 +53,21 @@ class VllmSampler:
     def __call__(self, records: list[Record]) -> tuple[list[list[dict[str, str]]], int]:
         """Samples responses to each record's "prompt"; see `sampling.HuggingFaceSampler`."""
         outputs = self._engine.generate(
-            [{"prompt_token_ids": encode(self._tokenizer, record["prompt"])} for record in records],
-            [self._parameters(record["id"]) for record in records],
+            [{"prompt_token_ids": encode(self._tokenizer, record)} for record in records],
+            [self._parameters(record) for record in records],
             use_tqdm=False,
         )
         rows = [[list(sample.token_ids) for sample in output.outputs] for output in outputs]
         groups = [[response(self._tokenizer, ids, self._stop_ids) for ids in group] for group in rows]
         return groups, sum(len(ids) for group in rows for ids in group)
 
-    def _parameters(self, prompt_id: str) -> Any:
+    def _parameters(self, record: Record) -> Any:
         return self._params(
             n=self._sampling.samples,
-            temperature=self._sampling.temperature,
+            temperature=temperature_of(record, self._sampling),
             top_p=self._sampling.top_p,
             max_tokens=self._sampling.max_new_tokens,
-            seed=seed_of(self._sampling.seed, prompt_id),
+            seed=seed_of(self._sampling.seed, record["id"]),
             stop_token_ids=self._stop_ids,
             detokenize=False,
         )

@@ -53,6 +53,15 @@ def test_what_is_asked_and_what_comes_back(tmp_path):
     assert b"secret" not in (tmp_path / "answers.sqlite").read_bytes()
 
 
+def test_a_conversation_is_shown_with_its_speakers(tmp_path):
+    turns = [("system", "Be brief."), ("user", "Name a colour."), ("assistant", "Red."), ("user", "Another?")]
+    prompt = [{"role": role, "content": content} for role, content in turns]
+    with judge_server(rated) as server:
+        judge(server, tmp_path)([{"id": "a", "prompt": prompt, "responses": [{"text": "Green 5"}]}])
+    said = "System: Be brief.\n\nUser: Name a colour.\n\nAssistant: Red.\n\nUser: Another?"
+    assert server.texts() == [f"Rate from 1 to 10. {said} | Green 5"]
+
+
 @pytest.mark.parametrize(
     ("answer", "score"),
     [

@@ -27,6 +27,12 @@ GROUPS: list[dict[str, Any]] = [
     {"id": name, "prompt": prompt, "responses": [{"text": text} for text in texts]}
     for name, (prompt, texts) in zip("abc", TEXTS.items(), strict=True)
 ]
+TURNS = [("user", "Name a colour."), ("assistant", "Red."), ("user", "Another?")]
+CONVERSATION: dict[str, Any] = {
+    "id": "d",
+    "prompt": [{"role": role, "content": content} for role, content in TURNS],
+    "responses": [{"text": "Green."}, {"text": "Red."}],
+}
 SETTINGS: dict[str, Any] = {"dtype": "float64", "device": "cpu", "batch_tokens": 200}
 
 
@@ -90,6 +96,25 @@ def test_a_batch_has_the_scores_of_each_alone(tmp_path, options, batch_tokens):
     expected = [[float(logits) for logits in group] for group in one_by_one(folder)]
     assert len({round(value, 3) for group in expected for value in group}) > 5
     assert close(score(folder, batch_tokens=batch_tokens), expected)
+
+
+@pytest.mark.parametrize("chat_template", [CHATML, None])
+def test_a_conversation_is_read_whole(tmp_path, chat_template):
+    folder = make_classifier(tmp_path, chat_template=chat_template)
+    model = exact(AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float64))
+    tokenizer = load_tokenizer(folder)
+    expected = []
+    for response in CONVERSATION["responses"]:
+        if chat_template is None:
+            said = "User: Name a colour.\n\nAssistant: Red.\n\nUser: Another?"
+            ids = tokenizer(said, response["text"])["input_ids"]
+        else:
+            turns = [("system", "You are helpful."), *TURNS, ("assistant", response["text"])]
+            said = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
+            ids = tokenizer(said, add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            expected.append(float(model(torch.tensor([ids])).logits))
+    assert close(score(folder, [CONVERSATION]), [expected])
 
 
 def test_several_outputs_by_their_weights(tmp_path):

@@ -5,10 +5,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mpo_megatron.errors import UserError
 from mpo_megatron.rollout.generation import Sampling, prompt_batches, uniforms
-from mpo_megatron.rollout.sampling import HuggingFaceSampler, draw_tokens
+from mpo_megatron.rollout.sampling import HuggingFaceSampler, draw_tokens, encode
 from tests.helpers.models import make_llama
-from tests.helpers.tokenizers import make_tokenizer
+from tests.helpers.tokenizers import LLAMA2, make_tokenizer
 
 PROMPTS = [
     "Name three colours of the rainbow in one sentence.",
@@ -140,37 +141,86 @@ def test_batches_with_padding_and_dropped_rows_match_generate_one_by_one(model):
         assert responses == [{"text": text, "finish_reason": reason}] * 2
 
 
+def test_a_prompts_own_temperature_counts(model):
+    sampler = HuggingFaceSampler(
+        str(model), Sampling(**{**SETTINGS, "samples": 1}), dtype="float32", device="cpu"
+    )
+    asked = records()
+    asked[1]["temperature"] = 0
+    groups, _ = sampler(asked)
+    assert [groups[0], groups[2]] == [group[:1] for group in sample(model)[::2]]
+    text, reason = greedy(model, PROMPTS[1], SETTINGS["max_new_tokens"])
+    assert groups[1] == [{"text": text, "finish_reason": reason}]
+
+
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Name a colour."},
+    {"role": "assistant", "content": "Red."},
+    {"role": "user", "content": "Another?"},
+]
+
+
+def test_a_prompt_may_be_a_conversation(model):
+    assert sample(model, [[{"role": "user", "content": prompt}] for prompt in PROMPTS]) == sample(model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    said = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in TURNS)
+    ids = encode(tokenizer, {"id": "a", "prompt": TURNS})
+    assert ids == tokenizer(said + "<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
+    last_turn_alone = sample(model, [TURNS[-1:]])
+    assert sample(model, [TURNS]) != last_turn_alone
+
+
+def test_a_conversation_that_the_template_refuses_is_named():
+    with pytest.raises(UserError, match=r"^record 'a': .* refuses messages of system, user, assistant, user"):
+        encode(make_tokenizer(LLAMA2), {"id": "a", "prompt": TURNS})
+
+
 def draws(rows: int) -> torch.Tensor:
     return torch.from_numpy(uniforms(0, "", 0, rows))
 
 
+def drawn(logits: torch.Tensor, temperature: float, top_p: float, numbers: torch.Tensor) -> torch.Tensor:
+    return draw_tokens(logits, torch.full((len(logits),), temperature), top_p, numbers)
+
+
 def test_draw_tokens_follows_the_distribution():
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(20_000, 4)
-    shares = torch.bincount(draw_tokens(logits, 1.0, 1.0, draws(20_000)), minlength=4) / 20_000
+    shares = torch.bincount(drawn(logits, 1.0, 1.0, draws(20_000)), minlength=4) / 20_000
     assert torch.allclose(shares, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.02)
     # Tokens that hold 0.7 of the probability: the first two (0.5 does not reach it), renormalised.
-    shares = torch.bincount(draw_tokens(logits, 1.0, 0.7, draws(20_000)), minlength=4) / 20_000
+    shares = torch.bincount(drawn(logits, 1.0, 0.7, draws(20_000)), minlength=4) / 20_000
     assert torch.allclose(shares, torch.tensor([0.625, 0.375, 0.0, 0.0]), atol=0.02)
     # At temperature 1/2 probabilities are squared.
-    shares = torch.bincount(draw_tokens(logits, 0.5, 1.0, draws(20_000)), minlength=4) / 20_000
+    shares = torch.bincount(drawn(logits, 0.5, 1.0, draws(20_000)), minlength=4) / 20_000
     assert torch.allclose(shares, torch.tensor([0.25, 0.09, 0.0225, 0.0025]) / 0.365, atol=0.02)
 
 
 def test_a_token_is_where_the_running_sum_passes_the_number():
     logits = torch.tensor([0.0, 0.25, 0.5, 0.0, 0.25, 0.0]).log().expand(6, 6)
     numbers = torch.tensor([0.0, 0.2499, 0.2501, 0.7499, 0.7501, 1 - 2**-53], dtype=torch.float64)
-    assert draw_tokens(logits, 1.0, 1.0, numbers).tolist() == [1, 1, 2, 2, 4, 4]
+    assert drawn(logits, 1.0, 1.0, numbers).tolist() == [1, 1, 2, 2, 4, 4]
 
 
 def test_top_p_that_needs_more_than_the_head_of_a_large_vocabulary():
     # Probabilities fall slowly, by a factor e over all 10000 tokens: 90% of them lie in the first 8414.
     slow = torch.linspace(0, -1, 10_000).expand(400, -1)
-    drawn = draw_tokens(slow, 1.0, 0.9, draws(400))
-    assert 2048 < drawn.max() <= 8416
+    alone = drawn(slow, 1.0, 0.9, draws(400))
+    assert 2048 < alone.max() <= 8416
     # A row beside it that needs the head alone gets the same token as by itself.
     fast = torch.linspace(0, -1000, 10_000).expand(400, -1)
-    both = draw_tokens(torch.cat([fast, slow]), 1.0, 0.9, draws(400).repeat(2))
-    assert torch.equal(both, torch.cat([draw_tokens(fast, 1.0, 0.9, draws(400)), drawn]))
+    both = drawn(torch.cat([fast, slow]), 1.0, 0.9, draws(400).repeat(2))
+    assert torch.equal(both, torch.cat([drawn(fast, 1.0, 0.9, draws(400)), alone]))
+
+
+def test_each_row_has_its_temperature():
+    logits = torch.tensor([0.2, 0.5, 0.3]).log().expand(20_000, 3)
+    temperatures = torch.tensor([0.0, 0.5]).repeat(10_000)
+    for top_p in (1.0, 0.95):
+        tokens = draw_tokens(logits, temperatures, top_p, draws(20_000))
+        assert (tokens[::2] == 1).all()
+        shares = torch.bincount(tokens[1::2], minlength=3) / 10_000
+        assert torch.allclose(shares, torch.tensor([0.04, 0.25, 0.09]) / 0.38, atol=0.02)
 
 
 def test_batches_hold_whole_prompts_of_like_length_longest_first():
@@ -184,7 +234,7 @@ def test_batches_hold_whole_prompts_of_like_length_longest_first():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
+        ({"temperature": -0.5}, "temperature=-0.5 must be a number from 0"),
         ({"top_p": 0.0}, "top_p=0.0 must be above 0"),
         ({"top_p": 1.5}, "top_p=1.5"),
         ({"samples": 0}, "samples=0"),

@@ -203,6 +203,9 @@ def test_generate_takes_a_split_and_a_limit(model, prompts, tmp_path):
         ('{"id": 7, "prompt": "x", "constraints": [{"type": "no_commas"}]}', r":2: id=7 must be a text"),
         ('{"id": "a", "prompt": "x", "constraints": [{"type": "no_commas"}]}', r":2: the id 'a' occurs twice"),
         ('{"id": "b", "prompt": "x", "constraints": [{"type": "no_commas"}], "topic_words": "s"}', r":2: topic_words="),
+        ('{"id": "b", "prompt": "x", "temperature": -1}', r":2: temperature=-1 must be a number from 0"),
+        ('{"id": "b", "prompt": [{"role": "user"}]}', r":2: message 1 of the prompt has nothing for content"),
+        ('{"id": "b", "prompt": []}', r":2: the prompt has no messages"),
     ],
 )  # fmt: skip
 def test_generate_names_file_and_line_of_what_is_wrong(tmp_path, line, message):
@@ -242,7 +245,7 @@ def test_paths_and_options_that_lead_nowhere(model, prompts, tmp_path, capsys):
         run_generate(tmp_path / "absent", prompts, tmp_path / "out.jsonl")
     with pytest.raises(SystemExit, match="--limit 0"):
         run_generate(model, prompts, tmp_path / "out.jsonl", "--limit", "0")
-    with pytest.raises(SystemExit, match=r"temperature=0\.0 must be above 0"):
+    with pytest.raises(SystemExit, match=r"record 'a' has temperature 0, at which its 2 samples"):
         run_generate(model, prompts, tmp_path / "out.jsonl", "--temperature", "0")
     for option in ("--processes", "--gpus-per-process"):
         with pytest.raises(SystemExit, match=f"{option} 0.* must be at least 1"):
