@@ -102,6 +102,8 @@ class MpoConfig:
     partition: str = "mean"
     # cached (log-probs of the starting weights, computed once and kept on disk) | none; null: as the objective needs.
     reference: str | None = None
+    # A model of the same sizes whose log-probs are the reference, in the starting weights' place.
+    reference_from_path: str | None = None
     # Take cached log-probs only if they are those of this run's own rows to the last bit; false: any of the same
     # weights, data and precision, from other layouts, batches, machines and versions too.
     reference_exact: bool = True
@@ -248,6 +250,11 @@ class ModelConfig:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     nsys_profile: ProfileConfig = field(default_factory=ProfileConfig)
 
+    @property
+    def reference_path(self) -> str:
+        """Whose log-probs the reference is."""
+        return self.mpo.reference_from_path or self.restore_from_path
+
 
 @dataclass(frozen=True)
 class Config:
@@ -309,7 +316,7 @@ def _schema() -> DictConfig:
     objective's hyper-parameters beside the keys of `model.mpo`.
     """
     schema: DictConfig = OmegaConf.structured(Config)
-    _make_writable(schema)
+    make_writable(schema)
     OmegaConf.set_struct(schema.exp_manager, False)
     OmegaConf.set_struct(schema.model.mpo, False)
     del schema.model.mpo["hyper_parameters"]
@@ -369,13 +376,13 @@ def check_keys(value: Any, schema: type, path: str) -> None:
             check_keys(below, section, f"{path}{key}.")
 
 
-def _make_writable(node: DictConfig) -> None:
+def make_writable(node: DictConfig) -> None:
     """OmegaConf takes a frozen dataclass for a node that no YAML may change."""
     OmegaConf.set_readonly(node, False)
     for key in node:
         child = None if OmegaConf.is_missing(node, key) else node[key]
         if isinstance(child, DictConfig):
-            _make_writable(child)
+            make_writable(child)
 
 
 def _key(error: OmegaConfBaseException) -> str:

@@ -1,8 +1,8 @@
 """A job before its first step: experiment, model, optimizer, reference log-probs."""
 
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -87,12 +87,13 @@ def build_job(setup: Setup) -> Job:
 
     tensor_parallel.model_parallel_cuda_manual_seed(config.trainer.seed)
     chunks = build_model(setup.architecture, layout, options)
-    _load_weights(chunks, setup)
+    _load_weights(chunks, setup, config.model.restore_from_path)
     chunks = wrap_data_parallel(chunks, setup.data_parallel)
     optimizer = build_optimizer(chunks, config.model.optim, config.trainer.gradient_clip_val, options.dtype)
     schedule = build_schedule(optimizer, config.model.optim, len(setup.train.steps))
     splits = [setup.train] + ([setup.validation] if setup.validation else [])
-    references = {split.name: _reference(split, chunks, setup) for split in splits}
+    with _reference_weights(chunks, setup):
+        references = {split.name: _reference(split, chunks, setup) for split in splits}
     times = RankTimes(chunks, layout)
     sample = None
     if options.dtype == torch.bfloat16:
@@ -105,14 +106,26 @@ def build_job(setup: Setup) -> Job:
     )
 
 
-def _load_weights(chunks: list[Any], setup: Setup) -> None:
-    """Fill the model from `model.restore_from_path`: a Hugging Face folder or a distributed checkpoint."""
-    models, folder = [unwrap(chunk) for chunk in chunks], setup.config.model.restore_from_path
+def _load_weights(chunks: list[Any], setup: Setup, folder: str) -> None:
+    """Fill the model from a Hugging Face folder or a distributed checkpoint."""
+    models = [unwrap(chunk) for chunk in chunks]
     if is_checkpoint(folder):
         load_megatron_weights(models, setup.layout, folder)
         return
     bar = progress("weights", "tensor", setup.layout.is_main)
     load_hf_weights(models, setup.architecture, setup.layout, folder, bar)
+
+
+@contextmanager
+def _reference_weights(chunks: list[Any], setup: Setup) -> Iterator[None]:
+    """A block in which the model has the reference's weights; masters keep the starting ones."""
+    model = setup.config.model
+    if model.mpo.reference_from_path is None:
+        yield
+        return
+    _load_weights(chunks, setup, model.mpo.reference_from_path)
+    yield
+    _load_weights(chunks, setup, model.restore_from_path)
 
 
 def _open_experiment(setup: Setup) -> tuple[Experiment | None, Path]:
@@ -142,6 +155,8 @@ def _introduce(setup: Setup, folder: Path, throughput: Throughput) -> None:
         settings.append(f"SFT on the best response by {model.mpo.sft_weight:g}")
     if not setup.entry.needs_reference:
         settings.append("no reference")
+    elif model.mpo.reference_from_path is not None:
+        settings.append(f"reference {model.mpo.reference_from_path}")
     lines = [
         f"mpo_megatron {mpo_megatron.__version__}, megatron-core {version('megatron-core')}, torch {torch.__version__}",
         f"model       {model.restore_from_path}: {architecture.num_parameters / 1e6:.0f}M parameters, "

@@ -25,6 +25,7 @@ from mpo_megatron.runtime.publish import cannot_write
 # Where a node has its files may be its own affair, but not whether it has any.
 _PATHS = {
     "model.restore_from_path",
+    "model.mpo.reference_from_path",
     "model.export_path",
     "model.data.train",
     "model.data.validation",
@@ -57,8 +58,8 @@ def check_same_job(config: Config, layout: ParallelLayout) -> None:
     )
 
 
-def check_same_model(folder: str | Path, layout: ParallelLayout) -> None:
-    """Check that the starting model has the same files on all nodes; all ranks call it.
+def check_same_model(key: str, folder: str | Path, layout: ParallelLayout) -> None:
+    """Check that the model that a key of the configuration names has the same files on all nodes; all ranks call it.
 
     Of each file size, beginning and end are compared, which tells checkpoints of different training and files that were
     copied in part.
@@ -72,7 +73,7 @@ def check_same_model(folder: str | Path, layout: ParallelLayout) -> None:
             if file.suffix in (".safetensors", ".json", ".distcp", ".model", ".jinja"):
                 files[str(file.relative_to(folder))] = _ends(file)
     _check_same(
-        f"model.restore_from_path={folder} is not the same model on all nodes",
+        f"{key}={folder} is not the same model on all nodes",
         files,
         layout,
         "copy it from one place, or put it on storage that all nodes share",

@@ -36,7 +36,7 @@ def weights_fingerprint(folder: str | Path) -> list[Any]:
 def reference_key(split: Split, steps: Sequence[Positions], setup: Setup) -> dict[str, Any]:
     """All that the log-probs of a split's `steps` depend on, to the last bit.
 
-    - `weights`: the files of the starting model; their reference is no other model's.
+    - `weights`: the files of the reference, which as a rule is the starting model; it is no other model's.
     - `data`: the content of the tokenised groups, so whatever made another of it: files, tokenizer, template, lengths.
     - `precision`: of the products: the weights' type, the 8-bit recipe, and how the head makes log-probs of logits.
     - `plan`: what decides which groups share a row. More steps, another batch or token budget, another order of the
@@ -51,7 +51,7 @@ def reference_key(split: Split, steps: Sequence[Positions], setup: Setup) -> dic
     model, layout, options = setup.config.model, setup.layout, setup.model_options
     device = "cpu" if layout.device.type == "cpu" else torch.cuda.get_device_name(layout.device)
     return {
-        "weights": weights_fingerprint(model.restore_from_path),
+        "weights": weights_fingerprint(model.reference_path),
         "data": split.dataset.fingerprint,
         "precision": [str(options.dtype), str(options.fp8), head.ARITHMETIC],
         "plan": [len(steps), model.global_batch_size, split.source.max_tokens, split.source.alignment,

@@ -76,8 +76,9 @@ def prepare(config: Config) -> Setup:
     model = config.model
     with starting_together():
         entry, hyper_parameters = settle_objective(config)
-        hf_folder = _model_folder(config)
+        hf_folder = _model_folder("model.restore_from_path", model.restore_from_path)
         architecture = read_architecture(hf_folder)
+        _check_reference(config, architecture)
         check_layout(
             architecture,
             tp=model.tensor_model_parallel_size,
@@ -105,12 +106,16 @@ def prepare(config: Config) -> Setup:
         timeout_minutes=config.trainer.distributed_timeout_minutes,
     )
     check_same_job(config, layout)
-    check_same_model(model.restore_from_path, layout)
+    models = {"model.restore_from_path": model.restore_from_path}
+    if model.mpo.reference_from_path is not None:
+        models["model.mpo.reference_from_path"] = model.mpo.reference_from_path
+    for key, path in models.items():
+        check_same_model(key, path, layout)
     _check_devices(config, layout)
     with raising_together(layout):
         if layout.is_main:  # broken files are found before the data are tokenised
-            path = model.restore_from_path
-            CheckpointReader(path) if is_checkpoint(path) else WeightReader(path)
+            for path in models.values():
+                CheckpointReader(path) if is_checkpoint(path) else WeightReader(path)
 
     train_data = _on_one_rank_per_node(partial(open_data, config, selection), model.data.train, layout)
     per_epoch = steps_per_epoch(len(train_data), model.global_batch_size)
@@ -146,11 +151,26 @@ def prepare(config: Config) -> Setup:
     )
 
 
-def _model_folder(config: Config) -> Path:
+def _model_folder(key: str, path: str) -> Path:
     try:
-        return model_folder(config.model.restore_from_path)
+        return model_folder(path)
     except ConfigError as error:
-        raise ConfigError(f"model.restore_from_path={config.model.restore_from_path}: {error}") from None
+        raise ConfigError(f"{key}={path}: {error}") from None
+
+
+def _check_reference(config: Config, architecture: Architecture) -> None:
+    """Raise ConfigError unless a reference of its own, where one is given, has the trained model's sizes."""
+    path = config.model.mpo.reference_from_path
+    if path is None:
+        return
+    theirs = read_architecture(_model_folder("model.mpo.reference_from_path", path))
+    different = [f.name for f in fields(theirs) if getattr(theirs, f.name) != getattr(architecture, f.name)]
+    if different:
+        name = different[0]
+        raise ConfigError(
+            f"model.mpo.reference_from_path={path} is a model of {name}={getattr(theirs, name)}, and the trained one "
+            f"has {name}={getattr(architecture, name)}; give a model of the same sizes"
+        )
 
 
 def settle_objective(config: Config) -> tuple[objectives.Entry, dict[str, Any]]:
@@ -166,6 +186,11 @@ def settle_objective(config: Config) -> tuple[objectives.Entry, dict[str, Any]]:
         raise ConfigError(
             f"model.mpo.sft_weight={mpo.sft_weight:g} adds SFT to another objective and model.mpo.objective=sft is "
             "SFT already; remove it, or choose another objective"
+        )
+    if mpo.reference_from_path is not None and not entry.needs_reference:
+        raise ConfigError(
+            f"model.mpo.reference_from_path={mpo.reference_from_path}: the objective {entry.name} reads no reference; "
+            "remove it"
         )
     if mpo.reference == "none" and entry.needs_reference:
         free = [name for name in objectives.names() if not objectives.get(name).needs_reference]
@@ -226,17 +251,20 @@ def check_export_path(config: Config) -> None:
     """Check before training that the export will not take the place of anything but an older export.
 
     Raises:
-        ConfigError: the folder is the starting model's or above it, or holds files but no model.
+        ConfigError: the folder is the starting model's, the reference's or above one, or holds files but no model.
     """
     if not config.model.export_path:
         return
     target = Path(config.model.export_path).expanduser().resolve()
-    source = Path(config.model.restore_from_path).expanduser().resolve()
-    if target == source or target in source.parents:
-        raise ConfigError(
-            f"model.export_path={config.model.export_path} would replace model.restore_from_path={source}; "
-            "choose another folder"
-        )
+    for key, path in (
+        ("model.restore_from_path", config.model.restore_from_path),
+        ("model.mpo.reference_from_path", config.model.reference_path),
+    ):
+        source = Path(path).expanduser().resolve()
+        if target == source or target in source.parents:
+            raise ConfigError(
+                f"model.export_path={config.model.export_path} would replace {key}={source}; choose another folder"
+            )
     if target.exists() and (
         not target.is_dir() or (any(target.iterdir()) and not (target / "config.json").is_file())
     ):

@@ -285,7 +285,8 @@ def export_missing(job: Job) -> None:
 
 def thin_out(job: Job) -> None:
     """Remove the checkpoints that are not to be kept and that nobody reads; for rank 0."""
-    in_use = [*job.exports.reading(), Path(job.setup.config.model.restore_from_path)]
+    model = job.setup.config.model
+    in_use = [*job.exports.reading(), Path(model.restore_from_path), Path(model.reference_path)]
     checkpoints = all_checkpoints(job.folder / CHECKPOINTS)
     remove_superfluous(checkpoints, job.setup.config.trainer.checkpoint, in_use)
 

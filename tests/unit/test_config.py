@@ -190,7 +190,7 @@ def test_hyper_parameters_stand_beside_the_keys_of_the_section() -> None:
     written = as_yaml(config)
     assert written["model"]["mpo"] == {
         "objective": "simpo", "sft_weight": 0.0, "partition": "mean", "reference": None,
-        "reference_exact": True, "beta": 2, "gamma": 0.5, "alpha": None,
+        "reference_from_path": None, "reference_exact": True, "beta": 2, "gamma": 0.5, "alpha": None,
     }  # fmt: skip
     again = OmegaConf.create(yaml.safe_load(yaml.safe_dump(written)))
     assert isinstance(again, DictConfig)
