@@ -5,14 +5,13 @@ the job printed), `experiment` (the job's own folder), what `samples` writes and
 """
 
 import json
-import sys
 from pathlib import Path
 
-from mpo_megatron.comparison.overrides import as_value
 from mpo_megatron.comparison.plan import Run
-from mpo_megatron.comparison.process import ROOT, run_to_end, what_failed
 from mpo_megatron.comparison.results import figures
 from mpo_megatron.errors import UserError
+from mpo_megatron.overrides import as_value, by_key, what_differs
+from mpo_megatron.runtime.commands import ROOT, run_to_end, torchrun, what_failed
 
 JOB = ROOT / "examples" / "mpo_gpt.py"
 RECORD, LOG, EXPERIMENT, MODEL = "run.json", "job.log", "experiment", "model"
@@ -39,11 +38,7 @@ def finished(run: Run, ranks: int) -> dict[str, float] | None:
         return result
     if result is None and not any((run.folder / EXPERIMENT / "checkpoints").glob("*")):
         return None
-    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    then, wanted = (
-        " ".join(f"{key}={said[key]}" if key in said else f"no {key}" for key in changed)
-        for said in (before, now)
-    )
+    then, wanted = what_differs(before, now)
     raise UserError(
         f"{run.folder} was run with {then}, and now it is {wanted}: remove that folder to run it anew, or give "
         "another --output"
@@ -52,7 +47,7 @@ def finished(run: Run, ranks: int) -> dict[str, float] | None:
 
 def settings(run: Run, ranks: int) -> dict[str, str]:
     """What tells one run from another in the same folder: the value of each override, by key, and the ranks."""
-    return {"ranks": str(ranks), **dict(override.partition("=")[::2] for override in run.overrides)}
+    return {"ranks": str(ranks), **by_key(run.overrides)}
 
 
 def model_of(run: Run) -> Path:
@@ -74,7 +69,7 @@ def execute(run: Run, ranks: int, cache: Path, *, sampled: bool = False) -> dict
     run.folder.mkdir(parents=True, exist_ok=True)
     _record(run, ranks, None)
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)),
+        *torchrun(ranks),
         str(JOB),
         f"model.data.cache_dir={as_value(str(cache.absolute()))}",
         *run.overrides,

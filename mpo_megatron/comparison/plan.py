@@ -23,11 +23,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from mpo_megatron import objectives
 from mpo_megatron.comparison.overrides import MPO, as_typed, checked
@@ -35,8 +32,9 @@ from mpo_megatron.comparison.samples import START, Samples, read_samples
 from mpo_megatron.comparison.sweep import points
 from mpo_megatron.config import Config, MpoConfig, check_overrides, parse, register_schema
 from mpo_megatron.errors import ConfigError, UserError
+from mpo_megatron.overrides import read_yaml
+from mpo_megatron.runtime.commands import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 KEYS = ("seeds", "common", "members", "baseline", "sweep", "samples")
 DEFAULTS = (
     # Groups that say nothing to some objectives are left out for all of them, so that every step has the same groups.
@@ -106,10 +104,7 @@ def read_comparison(path: Path) -> Comparison:
     Raises:
         UserError: it is not there, or not as it must be.
     """
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    content = read_yaml(path)
     try:
         return _comparison(content)
     except UserError as error:
@@ -152,7 +147,7 @@ def _members(members: dict[Any, Any], common: list[str], sweep: Any) -> dict[str
                 f"members: {name} names a folder: letters, digits, . _ and - (and not {' or '.join(TAKEN)}, which the "
                 "comparison has for itself)"
             )
-        own = as_typed(section, f"members.{name}", MPO)
+        own = as_typed(section, f"members.{name}", prefix=MPO)
         for point in grid:
             chosen = [*own, *point.overrides]
             if isinstance(section, dict) and "objective" in section:

@@ -50,7 +50,7 @@ class Line:
 
 
 def figures(folder: Path) -> dict[str, float]:
-    """The figures of one run, by the names in FIGURES, and its steps. Seconds are the median of the logged steps.
+    """The figures of one run, by the names in FIGURES, and its steps.
 
     Args:
         folder: of its experiment.
@@ -58,7 +58,20 @@ def figures(folder: Path) -> dict[str, float]:
     Raises:
         UserError: it has no two validations.
     """
-    path = folder / "metrics.jsonl"
+    found = of_metrics(folder / "metrics.jsonl")
+    groups = read_held_out(folder)
+    return found | {"log_ratio_margin": float(groups.margin.mean()), "divergence": groups.divergence}
+
+
+def of_metrics(path: Path) -> dict[str, float]:
+    """Of HELD_OUT before and after training, the steps, and the median seconds of those that were logged.
+
+    Args:
+        path: a run's metrics.jsonl.
+
+    Raises:
+        UserError: it has no two validations.
+    """
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     validations = [line for line in lines if line["split"] == "validation"]
     if len(validations) < 2:
@@ -72,14 +85,8 @@ def figures(folder: Path) -> dict[str, float]:
         for name in HELD_OUT
         for when, line in (("before", before), ("after", after))
     }
-    groups = read_held_out(folder)
-    return {
-        **found,
-        "log_ratio_margin": float(groups.margin.mean()),
-        "divergence": groups.divergence,
-        "seconds_per_step": statistics.median(line["seconds"] for line in lines if line["split"] == "train"),
-        "steps": after["step"],
-    }
+    seconds = statistics.median(line["seconds"] for line in lines if line["split"] == "train")
+    return {**found, "seconds_per_step": seconds, "steps": after["step"]}
 
 
 def over_seeds(

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpo_megatron.comparison.process import ROOT, run_to_end, what_failed
 from mpo_megatron.errors import UserError
+from mpo_megatron.runtime.commands import ROOT, run_to_end, what_failed
 
 # The folder of the starting model's samples, in the output.
 START = "start"

@@ -16,8 +16,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mpo_megatron.comparison.overrides import MPO, as_typed, full_key
+from mpo_megatron.comparison.overrides import MPO, as_typed
 from mpo_megatron.errors import UserError
+from mpo_megatron.overrides import full_key
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def _axis(key: Any, values: Any) -> dict[Any, list[str]]:
     """The overrides of each value."""
     where = f"sweep.{key}"
     if isinstance(values, dict) and values:
-        return {value: as_typed(of, f"{where}.{value}", MPO) for value, of in values.items()}
+        return {value: as_typed(of, f"{where}.{value}", prefix=MPO) for value, of in values.items()}
     if not isinstance(values, list) or not values or any(isinstance(value, dict | list) for value in values):
         raise UserError(
             f"{where} must be a list of values, such as [0.01, 0.1], or give overrides for each value, not {values}"

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "errors": set(),
     "config": set(),
     "config_groups": {"config"},
+    "overrides": set(),
     "data": {"config"},
     "ragged": set(),
     "scheduling": {"config", "data", "ragged"},
@@ -29,7 +30,8 @@ MAY_IMPORT = {
     "objectives": {"config", "data", "ragged", "scheduling"},
     "conversion": {"config", "data", "ragged", "scheduling", "model", "runtime"},
     "rollout": {"config", "data"},
-    "comparison": {"config", "objectives"},
+    "comparison": {"config", "objectives", "overrides", "runtime"},
+    "rounds": {"config", "config_groups", "objectives", "overrides", "runtime", "rollout", "comparison"},
     "planning": {"config", "data", "scheduling", "model"},
     "training": {
         "config",
@@ -65,7 +67,7 @@ DOES_WITHOUT = {
     **{
         # tools/doctor.py runs where torch does not.
         f"mpo_megatron/runtime/{name}.py": {"torch", "megatron"}
-        for name in ("choices", "doctor", "facts", "findings", "surroundings")
+        for name in ("choices", "commands", "doctor", "facts", "findings", "surroundings")
     },
     "mpo_megatron/scheduling/layout.py": {"torch", "megatron"},
     "mpo_megatron/scheduling/plan.py": {"torch", "megatron"},
@@ -76,6 +78,7 @@ DOES_WITHOUT = {
     "mpo_megatron/objectives": {"megatron"},
     "mpo_megatron/rollout": {"megatron"},
     "mpo_megatron/comparison": {"megatron", "nemo"},
+    "mpo_megatron/rounds": {"megatron", "nemo"},
     "mpo_megatron/planning": {"torch", "megatron", "nemo"},
 }
 # Not on every machine: imported only where they are used, inside functions.

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from mpo_megatron.comparison import execute
-from mpo_megatron.comparison.plan import ROOT, Run
-from mpo_megatron.comparison.process import what_failed
+from mpo_megatron.comparison.plan import Run
 from mpo_megatron.errors import UserError
+from mpo_megatron.runtime.commands import ROOT
 
 JOB = """
 import json, os, pathlib, sys
@@ -128,18 +128,3 @@ def test_an_interrupt_ends_the_ranks(tmp_path: Path) -> None:
             os.kill(int(path.read_text()), 0)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["result"] is None
-
-
-def test_the_sentence_of_a_failure() -> None:
-    noise = "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n"
-    traceback = (
-        "Traceback (most recent call last):\n  File\n[rank0]: RuntimeError: shapes differ\n"
-        "Traceback (most recent call last):\n"
-    )
-    assert what_failed(f"bar 1%\rbar 100%\rerror: beta is wrong\n{traceback}{noise}", 1) == "beta is wrong"
-    assert what_failed(f"some text\n{traceback}{noise}", 1) == "RuntimeError: shapes differ"
-    assert what_failed("torch.OutOfMemoryError: 3 GB\n", 1) == "torch.OutOfMemoryError: 3 GB"
-    assert what_failed(noise, -9) == "the job ended with status -9 and no error message"
-    usage = "usage: generate.py [-h]\ngenerate.py: error: unrecognized arguments: --topp 1\n"
-    assert what_failed(usage, 2) == "unrecognized arguments: --topp 1"
-    assert what_failed("generate.py: p.jsonl is empty\n", 1) == "p.jsonl is empty"

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import yaml
 
-from mpo_megatron.comparison.overrides import as_value
-from mpo_megatron.comparison.plan import DEFAULTS, ROOT, composed, plan_runs, read_comparison
+from mpo_megatron.comparison.plan import DEFAULTS, composed, plan_runs, read_comparison
 from mpo_megatron.comparison.sweep import lines_of, points
 from mpo_megatron.errors import UserError
 from mpo_megatron.objectives import names
+from mpo_megatron.overrides import as_value
+from mpo_megatron.runtime.commands import ROOT
 
 EVERY = ROOT / "conf" / "compare" / "objectives.yaml"
 # Some folder that is there.

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mpo_megatron.comparison import execute
-from mpo_megatron.comparison.plan import ROOT
+from mpo_megatron.runtime.commands import ROOT
 from tools.compare_objectives import main
 
 FILE = str(ROOT / "conf" / "compare" / "objectives.yaml")

@@ -1,0 +1,111 @@
+"""Log-probabilities of responses by a Hugging Face chat model, each prompt read once for all of its responses.
+
+Shapes: `P` prompts of a batch, `S` responses, `T` tokens of the longest prompt, `N` tokens of the longest response, `V`
+vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from mpo_megatron.rollout.devices import dtype_of, place
+from mpo_megatron.rollout.records import Record
+from mpo_megatron.rollout.sampling import chat_tokenizer, encode
+from mpo_megatron.rollout.work import Worker
+
+
+def start_log_probs(folder: str, dtype: str, device: str | None, processes: int, number: int) -> Worker:
+    """The worker of process `number`; see `devices.place`."""
+    return LogProbs(folder, dtype=dtype, device=place(device, processes, number))
+
+
+class LogProbs:
+    """The log-probability of each response y to a prompt x, by teacher forcing.
+
+        log pi(y|x) = sum over t of log softmax(logits(x, y_1 .. y_{t-1}))[y_t]
+
+    The tokens of y are those of its text, and the end-of-turn token if the response ended by itself ("stop"). They are
+    as a rule the sampled ones; a tokenizer may cut the same text otherwise. The sum is that of the model's own
+    distribution, at temperature 1 and without top-p.
+    """
+
+    def __init__(self, folder: str, *, dtype: str, device: str) -> None:
+        """Reads model and tokenizer.
+
+        Raises UserError for an unknown dtype, and for a tokenizer without a chat template.
+        """
+        self._device = device
+        self._tokenizer = chat_tokenizer(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype_of(dtype), trust_remote_code=False)
+        self._model = model.to(device).eval()
+
+    def __call__(self, groups: list[Record]) -> tuple[list[dict[str, Any]], int]:
+        """{"log_probs": [...], "tokens": [...]} of each group's responses, and the number of tokens of all."""
+        prompts = [encode(self._tokenizer, group) for group in groups]
+        responses = [[response_ids(self._tokenizer, one) for one in group["responses"]] for group in groups]
+        with torch.inference_mode():
+            found = log_probs(self._model, self._tokenizer, prompts, responses, self._device)
+        values = iter(found.tolist())
+        made = [
+            {"log_probs": [next(values) for _ in group], "tokens": [len(ids) for ids in group]}
+            for group in responses
+        ]
+        return made, sum(sum(one["tokens"]) for one in made)
+
+
+def response_ids(tokenizer: PreTrainedTokenizerBase, response: Record) -> list[int]:
+    """The tokens of a response, with the end-of-turn token if it ended by itself."""
+    ids = tokenizer(response["text"], add_special_tokens=False)["input_ids"]
+    return [*ids, tokenizer.eos_token_id] if response["finish_reason"] == "stop" else ids
+
+
+def log_probs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    responses: list[list[list[int]]],
+    device: str,
+) -> Tensor:
+    """[S] float64 log-probabilities of all responses, in order. A response without a token has 0."""
+    counts = torch.tensor([len(group) for group in responses])
+    batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(device)  # on the left
+    mask = batch["attention_mask"]
+    read = model(
+        input_ids=batch["input_ids"],
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    owners = (
+        torch.arange(len(prompts)).repeat_interleave(counts).to(device)
+    )  # [S] the prompt of each response
+    flat = [ids for group in responses for ids in group]
+    longest = max(1, *map(len, flat))
+    # Past the end of a response anything will do: it is not looked at.
+    ids = torch.tensor([one + [0] * (longest - len(one)) for one in flat], device=device)  # [S, N]
+    lengths = torch.tensor([len(one) for one in flat], device=device)
+    first = _of_tokens(read.logits[owners, -1:], ids[:, :1])  # [S, 1]
+    cache = read.past_key_values
+    cache.batch_select_indices(owners)
+    output = model(
+        input_ids=ids[:, :-1],
+        attention_mask=torch.cat([mask[owners], mask.new_ones(len(flat), longest - 1)], dim=1),
+        position_ids=mask.sum(1)[owners, None] + torch.arange(longest - 1, device=device),
+        past_key_values=cache,
+        use_cache=True,
+    ) if longest > 1 else None  # fmt: skip
+    rest = [] if output is None else [_of_tokens(output.logits, ids[:, 1:])]
+    logps = torch.cat([first, *rest], dim=1)  # [S, N]
+    inside = torch.arange(longest, device=device) < lengths[:, None]
+    return logps.masked_fill(~inside, 0.0).sum(1)
+
+
+def _of_tokens(logits: Tensor, ids: Tensor) -> Tensor:
+    """[S, n] float64 log-probabilities of `ids` [S, n] under `logits` [S, n, V]."""
+    # Row by row: float64 copies of all logits would take more memory than the model.
+    return torch.stack([
+        of.double().log_softmax(-1).gather(1, row[:, None]).squeeze(1) for of, row in zip(logits, ids, strict=True)
+    ])  # fmt: skip
