@@ -40,7 +40,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--batch-size",
         type=int,
         default=64,
-        help="responses that go through the model together (default %(default)s)",
+        help="responses whose prompts are read together (default %(default)s)",
     )
     add("--processes", type=int, default=1, help="processes that share the groups (default %(default)s)")
     add(
@@ -49,6 +49,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default="float32",
         help="of the model (default %(default)s)",
     )
+    add("--limit", type=int, default=None, help="first so many groups only")
     add("--device", default=None, help="torch device; left out: cuda where there is one, otherwise cpu")
     return parser.parse_args(argv)
 
@@ -58,7 +59,9 @@ def compute(args: argparse.Namespace) -> None:
         raise UserError(f"--model {args.model} has no config.json; give a Hugging Face model's folder")
     if args.processes < 1 or args.batch_size < 1:
         raise UserError(f"--processes {args.processes} and --batch-size {args.batch_size} must be at least 1")
-    groups = read_groups(args.input, constraints=False)
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit {args.limit} leaves no group; give at least 1")
+    groups = read_groups(args.input, constraints=False)[: args.limit]
     settings = {"the model in --model": digest_of_folder(args.model), "--dtype": args.dtype}
     start = partial(start_log_probs, str(args.model), args.dtype, args.device, args.processes)
     with begin(args.output, settings, {group["id"]: digest_of(group) for group in groups}) as parts:

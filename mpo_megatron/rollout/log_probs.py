@@ -4,6 +4,7 @@ Shapes: `P` prompts of a batch, `S` responses, `T` tokens of the longest prompt,
 vocabulary.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from mpo_megatron.rollout.devices import dtype_of, place
 from mpo_megatron.rollout.records import Record
 from mpo_megatron.rollout.sampling import chat_tokenizer, encode
 from mpo_megatron.rollout.work import Worker
+
+# Responses that go through the model together.
+_ROWS = 16
 
 
 def start_log_probs(folder: str, dtype: str, device: str | None, processes: int, number: int) -> Worker:
@@ -68,8 +72,7 @@ def log_probs(
     responses: list[list[list[int]]],
     device: str,
 ) -> Tensor:
-    """[S] float64 log-probabilities of all responses, in order. A response without a token has 0."""
-    counts = torch.tensor([len(group) for group in responses])
+    """[S] log-probabilities of all responses, in order, in the model's dtype or float32. One without a token has 0."""
     batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(device)  # on the left
     mask = batch["attention_mask"]
     read = model(
@@ -79,33 +82,48 @@ def log_probs(
         use_cache=True,
         logits_to_keep=1,
     )
-    owners = (
-        torch.arange(len(prompts)).repeat_interleave(counts).to(device)
-    )  # [S] the prompt of each response
-    flat = [ids for group in responses for ids in group]
-    longest = max(1, *map(len, flat))
+    rows = [(owner, ids) for owner, group in enumerate(responses) for ids in group]
+    # Those of like length together: what is padded is computed, too.
+    order = sorted(range(len(rows)), key=lambda row: -len(rows[row][1]))
+    found: list[Tensor] = [torch.zeros(())] * len(rows)
+    for first in range(0, len(order), _ROWS):
+        chosen = order[first : first + _ROWS]
+        values = _of_rows(model, read, mask, [rows[row] for row in chosen])
+        for row, value in zip(chosen, values, strict=True):
+            found[row] = value
+    return torch.stack(found)
+
+
+def _of_rows(model: PreTrainedModel, read: Any, mask: Tensor, rows: list[tuple[int, list[int]]]) -> Tensor:
+    """[s] log-probabilities of some responses, each with the number of its prompt.
+
+    Args:
+        read: the model's output for the prompts, with `mask` [P, T].
+    """
+    device = mask.device
+    owners = torch.tensor([owner for owner, _ in rows], device=device)
+    lengths = torch.tensor([len(ids) for _, ids in rows], device=device)
+    longest = max(1, int(lengths.max()))
     # Past the end of a response anything will do: it is not looked at.
-    ids = torch.tensor([one + [0] * (longest - len(one)) for one in flat], device=device)  # [S, N]
-    lengths = torch.tensor([len(one) for one in flat], device=device)
-    first = _of_tokens(read.logits[owners, -1:], ids[:, :1])  # [S, 1]
-    cache = read.past_key_values
-    cache.batch_select_indices(owners)
-    output = model(
-        input_ids=ids[:, :-1],
-        attention_mask=torch.cat([mask[owners], mask.new_ones(len(flat), longest - 1)], dim=1),
-        position_ids=mask.sum(1)[owners, None] + torch.arange(longest - 1, device=device),
-        past_key_values=cache,
-        use_cache=True,
-    ) if longest > 1 else None  # fmt: skip
-    rest = [] if output is None else [_of_tokens(output.logits, ids[:, 1:])]
-    logps = torch.cat([first, *rest], dim=1)  # [S, N]
+    ids = torch.tensor([ids + [0] * (longest - len(ids)) for _, ids in rows], device=device)  # [s, N]
+    logps = [_of_tokens(read.logits[owners, -1:], ids[:, :1])]
+    if longest > 1:
+        cache = copy.deepcopy(read.past_key_values)
+        cache.batch_select_indices(owners)
+        output = model(
+            input_ids=ids[:, :-1],
+            attention_mask=torch.cat([mask[owners], mask.new_ones(len(rows), longest - 1)], dim=1),
+            position_ids=mask.sum(1)[owners, None] + torch.arange(longest - 1, device=device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logps.append(_of_tokens(output.logits, ids[:, 1:]))
     inside = torch.arange(longest, device=device) < lengths[:, None]
-    return logps.masked_fill(~inside, 0.0).sum(1)
+    return torch.cat(logps, dim=1).masked_fill(~inside, 0.0).sum(1)
 
 
 def _of_tokens(logits: Tensor, ids: Tensor) -> Tensor:
-    """[S, n] float64 log-probabilities of `ids` [S, n] under `logits` [S, n, V]."""
-    # Row by row: float64 copies of all logits would take more memory than the model.
-    return torch.stack([
-        of.double().log_softmax(-1).gather(1, row[:, None]).squeeze(1) for of, row in zip(logits, ids, strict=True)
-    ])  # fmt: skip
+    """[s, n] log-probabilities of `ids` [s, n] under `logits` [s, n, V]."""
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    return logits.gather(2, ids[..., None]).squeeze(2) - logits.logsumexp(2)

@@ -37,7 +37,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_llama(tmp_path_factory.mktemp("model"))
 
 
-def test_batched_with_shared_prompts_they_are_those_of_one_at_a_time(model: Path) -> None:
+@pytest.mark.parametrize("rows", [2, 16])
+def test_batched_with_shared_prompts_they_are_those_of_one_at_a_time(
+    rows: int, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpo_megatron.rollout.log_probs._ROWS", rows)
     tokenizer = chat_tokenizer(str(model))
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64).eval()
     compute_in_float64(loaded)
@@ -76,6 +80,21 @@ def test_the_command_writes_them_by_group_and_goes_on(model: Path, tmp_path: Pat
         ["--model", str(model), "--input", str(groups), "--output", str(output), "--batch-size", "3"]
     )
     lines = [json.loads(line) for line in output.read_text().splitlines()]
+    first = [
+        "--model",
+        str(model),
+        "--input",
+        str(groups),
+        "--output",
+        str(tmp_path / "first"),
+        "--limit",
+        "1",
+    ]
+    logprobs.main(first)
+    (line,) = (tmp_path / "first").read_text().splitlines()
+    assert json.loads(line)["log_probs"] == pytest.approx(lines[0]["log_probs"], abs=1e-4)
+    with pytest.raises(SystemExit, match=r"--limit 0 leaves no group"):
+        logprobs.main([*first[:-1], "0"])
     worker = LogProbs(str(model), dtype="float32", device="cpu")
     values, _ = worker(GROUPS)
     assert [line["id"] for line in lines] == ["a", "b"]
