@@ -139,7 +139,7 @@ def run(config: RoundsConfig, rounds: Sequence[Round], args: argparse.Namespace)
 
         if execute(stage, keep_checkpoints=config.keep_checkpoints, say=say, launcher=args.launcher):
             say(f"done in {time.perf_counter() - began:.0f} s")
-            if stage in last_of_round or only:
+            if stage in last_of_round:
                 write_report(config, rounds, output)
         else:
             say("kept")

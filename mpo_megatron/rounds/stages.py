@@ -93,11 +93,19 @@ def plan_rounds(
         prompts: of each round.
 
     Raises:
-        UserError: the first policy is no model, or overrides that the main job would not take.
+        UserError: the first policy, or what scores, is no model, or overrides that the main job would not take.
     """
-    if not (Path(config.model) / "config.json").is_file():
-        raise UserError(f"model={config.model} has no config.json; give a Hugging Face model's folder")
-    plan = _Plan(config, output, digest_of(list(held_out)), digest_of_folder(Path(config.model)))
+    scorer = config.score.get("model")
+    for key, folder in (("model", config.model), ("score.model", scorer)):
+        if folder is not None and not (Path(folder) / "config.json").is_file():
+            raise UserError(f"{key}={folder} has no config.json; give a Hugging Face model's folder")
+    plan = _Plan(
+        config,
+        output,
+        held_out=digest_of(list(held_out)),
+        first=digest_of_folder(Path(config.model)),
+        scorer=digest_of_folder(Path(scorer)) if scorer else None,
+    )
     rounds = [Round(0, plan.measured(0, None))]
     for number in range(1, config.rounds + 1):
         rounds.append(plan.round(number, rounds[-1], digest_of(list(prompts[number - 1]))))
@@ -115,6 +123,7 @@ class _Plan:
     output: Path
     held_out: str  # digest of the held-out prompts
     first: str  # digest of the first policy
+    scorer: str | None  # digest of the model that scores
 
     def round(self, number: int, before: Round, prompts: str) -> Round:
         """A round after another one; `prompts`: their digest."""
@@ -161,7 +170,10 @@ class _Plan:
         output = folder / "groups.jsonl"
         given = ("--input", str(sample.outputs[0]), "--output", str(output), *arguments(self.config.score))
         command = Command(TOOLS / "score.py", given, output)
-        return Stage(name, folder, (command,), _settings(self.config.score), (sample,))
+        settings = _settings(self.config.score)
+        if self.scorer is not None:
+            settings["the model in score.model"] = self.scorer
+        return Stage(name, folder, (command,), settings, (sample,))
 
     def _train(self, number: int, score: Stage, held_out: Stage, start: Stage | None) -> Stage:
         name, folder = self._folder("train", number)

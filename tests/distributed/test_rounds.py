@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -172,7 +173,7 @@ def test_what_is_done_is_kept_and_nothing_else_goes_under_its_name(
 def test_killed_in_every_stage(
     whole: tuple[Path, str], file: Path, warm_python: WarmPython, tmp_path: Path
 ) -> None:
-    """kill -9 of the command in each stage of a round: the next start goes on there, to the same model and figures."""
+    """The command is killed in each stage of a round: the next start goes on there, to the same model and figures."""
     output, draw = tmp_path / "out", random.Random(0)
     names = ["round-0/held-out", "round-0/held-out-score", *(f"round-1/{stage}" for stage in STAGES)]
     killed = []
@@ -191,8 +192,12 @@ def test_killed_in_every_stage(
             assert not (output / name / "model").exists()
         else:
             time.sleep(draw.uniform(0, 0.5))
-        process.kill()
-        process.communicate()
+        # One of them is asked to end, as by a keyboard or a scheduler.
+        process.send_signal(signal.SIGTERM if name.endswith("1/held-out") else signal.SIGKILL)
+        printed, _ = process.communicate(timeout=LIMIT)
+        if name.endswith("1/held-out"):
+            assert process.returncode == 130
+            assert printed.endswith("\nstopped; the same command goes on from here\n")
         if not records(output)[name]["made"]:
             killed.append(name)
         done = {key: record for key, record in records(output).items() if record["made"]}

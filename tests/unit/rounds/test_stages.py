@@ -17,8 +17,9 @@ KINDS = ["sample", "score", "train", "held-out", "held-out-score", "log-probs"]
 
 
 def plan(folder: Path, file: Path, *more: str, prompts: int = 1) -> list[Round]:
-    (folder / "first").mkdir(exist_ok=True)
-    (folder / "first" / "config.json").write_text("{}")
+    for name in ("first", "reward"):
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "config.json").write_text("{}")
     given = [f"model={folder / 'first'}", *more]
     if file == LLAMA3:
         given += ["prompts.train=t", "prompts.held_out=h", f"score.model={folder / 'reward'}"]
@@ -104,6 +105,16 @@ def test_what_a_stage_depends_on(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_scores_depend_on_the_model_that_scores(tmp_path: Path) -> None:
+    found = []
+    for content in ("1", "2"):
+        stages = plan(tmp_path, LLAMA3)[1].stages
+        found.append({kind: stages[kind].settings for kind in ("score", "held-out-score", "sample")})
+        (tmp_path / "reward" / "model.safetensors").write_text(content)
+    before, now = found
+    assert {kind for kind in now if now[kind] != before[kind]} == {"score", "held-out-score"}
+
+
 def test_the_papers_rounds(tmp_path: Path) -> None:
     """The main job and the tools take what conf/rounds/llama3_8b.yaml gives them."""
     rounds = plan(tmp_path, LLAMA3)
@@ -130,6 +141,7 @@ def test_the_papers_rounds(tmp_path: Path) -> None:
     ("more", "message"),
     [
         (["model=/no"], "model=/no has no config.json; give a Hugging Face model's folder"),
+        (["score.model=/no"], "score.model=/no has no config.json"),
         (["train.config=lama"], "round 1: there is no lama.yaml in"),
         (["train.overrides.model.mpo.gamma=1"], "round 1: the objective wmpo does not use model.mpo.gamma=1"),
         (["train.overrides.trainer.max_step=1"], "round 1: unknown key trainer.max_step; did you mean"),
