@@ -13,9 +13,12 @@ import argparse
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from mpo_megatron.comparison import pictures, report
 from mpo_megatron.comparison.execute import EXPERIMENT, LOG, execute, finished, model_of
@@ -24,7 +27,7 @@ from mpo_megatron.comparison.paired import difference
 from mpo_megatron.comparison.plan import Comparison, Run, plan_runs, read_comparison
 from mpo_megatron.comparison.results import over_seeds
 from mpo_megatron.comparison.samples import LOG as SAMPLES_LOG
-from mpo_megatron.comparison.samples import START, discard, sample
+from mpo_megatron.comparison.samples import START, Samples, discard, is_sampled, sample
 from mpo_megatron.comparison.sweep import lines_of
 from mpo_megatron.errors import UserError
 
@@ -38,7 +41,7 @@ class Found:
         failed: errors of runs, or of their samples.
         start: mean score of the starting model's samples, by prompt; None: it is not sampled.
         scores: the same of each run that was sampled.
-        left: runs that there was no time for.
+        left: runs that there was no time for, or no time to sample.
     """
 
     results: dict[Run, Mapping[str, float]] = field(default_factory=dict)
@@ -56,9 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         comparison = read_comparison(args.file)
         runs = plan_runs(comparison, members, args.output, args.overrides)
         kept = {run: finished(run, args.ranks) for run in runs}
-        make_folder(args.output)
-        found = run_all(comparison, kept, args)
-        tell(comparison, runs, found, args.file.stem, args.output)
+        with held(args.output):
+            found = run_all(comparison, kept, args)
+            tell(comparison, runs, found, args.file.stem, args.output)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -90,11 +93,18 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def make_folder(path: Path) -> None:
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """The folder of the output, made if it is not there, for this command alone."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {path} cannot be made: {error.strerror}; give another folder") from error
+    try:
+        with FileLock(path / "lock", timeout=0):
+            yield
+    except Timeout:
+        raise UserError(f"another comparison runs in {path}; wait for it, or give another --output") from None
 
 
 def run_all(
@@ -115,28 +125,34 @@ def run_all(
             raise
         print(f"{sum(found.start.values()) / len(found.start):.3f} on {len(found.start)} prompts", flush=True)
     for number, (run, figures) in enumerate(kept.items(), 1):
-        if figures is None and time.perf_counter() - began > 3600 * args.max_hours:
+        late = time.perf_counter() - began > 3600 * args.max_hours
+        wanted = comparison.samples is not None and run.seed in comparison.samples.seeds
+        if late and (figures is None or (wanted and not is_sampled(run.folder))):
             found.left.append(run)
+            if figures is not None:
+                found.results[run] = figures
             continue
         print(f"[{number}/{len(kept)}] {run}: ", end="", flush=True)
-        run_one(comparison, run, figures, args, found)
+        run_one(run, figures, comparison.samples if wanted else None, args, found)
     return found
 
 
 def run_one(
-    comparison: Comparison, run: Run, kept: Mapping[str, float] | None, args: argparse.Namespace, found: Found
+    run: Run,
+    kept: Mapping[str, float] | None,
+    samples: Samples | None,
+    args: argparse.Namespace,
+    found: Found,
 ) -> None:
     """Run, and sample the model, if it is to be; say in the rest of a line what came of it."""
-    samples = comparison.samples
-    is_sampled = samples is not None and run.seed in samples.seeds
     began = time.perf_counter()
     log = LOG
     try:
-        result = kept or execute(run, args.ranks, args.output / "cache", sampled=is_sampled)
+        result = kept or execute(run, args.ranks, args.output / "cache", sampled=samples is not None)
         found.results[run] = result
         took = ["kept" if kept else f"{time.perf_counter() - began:.0f} s"]
         log = SAMPLES_LOG
-        if samples is not None and is_sampled:
+        if samples is not None:
             found.scores[run] = sample(samples, model_of(run), run.folder)
             if not run.keeps_model:
                 discard(model_of(run))
@@ -164,7 +180,9 @@ def tell(comparison: Comparison, runs: Sequence[Run], found: Found, name: str, o
     steps = sorted({int(result["steps"]) for result in found.results.values()})
     title = f"{name}: held-out groups before and after {' or '.join(map(str, steps)) or 'the'} steps"
     pairs = compare(comparison, members, found)
-    grids = [report.table(list(lines.values()), title), *([report.paired_table(pairs)] if pairs else [])]
+    grids = [report.table(list(lines.values()), title, list(map(str, found.left)))]
+    if pairs:
+        grids.append(report.paired_table(pairs))
     for grid in grids:
         report.show(grid)
     written = [output / "comparison.csv", output / "comparison.md"]

@@ -43,8 +43,8 @@ DEFAULTS = (
     "model.data.validate_on=all",
     "trainer.log_val_groups=true",
 )
-# Folders of the output that are no member's.
-TAKEN = ("cache", START)
+# What the output has beside the members' folders.
+TAKEN = ("cache", "lock", START)
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,8 @@ def _members(members: dict[Any, Any], common: list[str], sweep: Any) -> dict[str
     for name, section in members.items():
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name in TAKEN:
             raise UserError(
-                f"members: {name} names a folder: letters, digits, . _ and - (and not {' or '.join(TAKEN)}, which the "
-                "comparison has for itself)"
+                f"members: {name} names a folder: letters, digits, . _ and - (and not {', '.join(TAKEN)}: these are "
+                "the comparison's own)"
             )
         own = as_typed(section, f"members.{name}", prefix=MPO)
         for point in grid:

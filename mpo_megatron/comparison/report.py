@@ -64,8 +64,12 @@ class Grid:
     notes: list[str]
 
 
-def table(lines: Sequence[Line], title: str) -> Grid:
-    """The figures of all members."""
+def table(lines: Sequence[Line], title: str, left: Sequence[str] = ()) -> Grid:
+    """The figures of all members.
+
+    Args:
+        left: runs that are not finished.
+    """
     shown = [
         column
         for column in COLUMNS
@@ -75,7 +79,8 @@ def table(lines: Sequence[Line], title: str) -> Grid:
     for line in lines:
         cells = [_cell(line.figures.get(key), fmt) for key, _, fmt in shown] if line.figures else ["failed"]
         rows.append([line.member, str(line.seeds), *cells, *[""] * (len(shown) - len(cells))])
-    return Grid(title, rows, _notes(lines))
+    unfinished = [f"Not finished: {'; '.join(left)}."] if left else []
+    return Grid(title, rows, [*_notes(lines), *unfinished])
 
 
 def _cell(figure: Figure | None, fmt: str) -> str:

@@ -80,7 +80,7 @@ def sample(samples: Samples, model: Path, folder: Path) -> dict[str, float]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"generate": samples.generate, "score": samples.score}
-    record, scored = folder / RECORD, folder / SCORED
+    record = folder / RECORD
     if record.is_file():
         before = json.loads(record.read_text(encoding="utf-8"))
         if before != settings:
@@ -93,7 +93,8 @@ def sample(samples: Samples, model: Path, folder: Path) -> dict[str, float]:
             f"{folder} has no model to sample: it was run without `samples`; remove it to run it anew"
         )
     record.write_text(json.dumps(settings) + "\n", encoding="utf-8")
-    if not scored.is_file():
+    scored = folder / SCORED
+    if not is_sampled(folder):
         groups = folder / GROUPS
         if not groups.is_file():
             _tool("generate", {"model": model, **samples.generate, "output": groups}, folder / LOG)
@@ -102,6 +103,11 @@ def sample(samples: Samples, model: Path, folder: Path) -> dict[str, float]:
     return {
         line["id"]: statistics.fmean(response["score"] for response in line["responses"]) for line in lines
     }
+
+
+def is_sampled(folder: Path) -> bool:
+    """Whether there are scored samples."""
+    return (folder / SCORED).is_file()
 
 
 def discard(model: Path) -> None:
