@@ -20,8 +20,9 @@ from tools.config_keys import SCHEMA, markdown, sections  # noqa: E402
 
 # As they are read; pages that are not named here come after these.
 ORDER = (
-    "index", "install", "first-run", "presets", "configuration", "data", "rollouts", "rounds", "comparing", "layouts",
-    "planner", "launch", "gpu", "checkpoints", "metrics", "profiling", "master-weights", "troubleshooting", "extending",
+    "index", "install", "first-run", "presets", "configuration", "data", "rollouts", "rounds", "evaluation",
+    "comparing", "layouts", "planner", "launch", "gpu", "checkpoints", "metrics", "profiling", "master-weights",
+    "troubleshooting", "extending",
 )  # fmt: skip
 MARK = re.compile(r"^<!-- made: (\S+) -->$", re.MULTILINE)
 LINK = re.compile(r"\bhttps?://[^\s)>\"'`]+")

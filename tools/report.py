@@ -7,8 +7,6 @@ The scored files come from tools/score.py, for the same prompts. The last line p
 
 import argparse
 import json
-import math
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mpo_megatron.errors import UserError
-from mpo_megatron.rollout.records import read_groups
-from mpo_megatron.rollout.rewards import summarise
+from mpo_megatron.evaluation.pairs import matched, read_scored
+from mpo_megatron.rollout.rewards import mean_and_error, mean_score, summarise
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -65,15 +63,10 @@ def score_figures(before_path: Path, after_path: Path) -> dict[str, Any]:
     """Mean score with its standard error over prompts, before and after, and the same of the difference by prompt.
 
     Raises:
-        UserError: the two files are not of the same prompts.
+        UserError: the two files are not of the same prompts, or have no scores.
     """
-    before, after = list(read_groups(before_path)), list(read_groups(after_path))
-    by_id = {group["id"]: group for group in after}
-    if by_id.keys() != {group["id"] for group in before}:
-        raise UserError(
-            f"{before_path} and {after_path} hold different prompts; sample both from the same file"
-        )
-    differences = [_mean_score(by_id[group["id"]]) - _mean_score(group) for group in before]
+    before, after = read_scored(before_path), read_scored(after_path)
+    gain, error = mean_and_error([mean_score(b) - mean_score(a) for a, b in matched(before, after)])
     first, last = summarise(before), summarise(after)
     return {
         "prompts": len(before),
@@ -81,15 +74,9 @@ def score_figures(before_path: Path, after_path: Path) -> dict[str, Any]:
         "score_before_error": first.standard_error,
         "score_after": last.mean_score,
         "score_after_error": last.standard_error,
-        "score_gain": statistics.fmean(differences),
-        "score_gain_error": statistics.stdev(differences) / math.sqrt(len(differences))
-        if len(before) > 1
-        else None,
+        "score_gain": gain,
+        "score_gain_error": error,
     }
-
-
-def _mean_score(group: dict[str, Any]) -> float:
-    return statistics.fmean(response["score"] for response in group["responses"])
 
 
 def print_table(figures: dict[str, Any]) -> None:

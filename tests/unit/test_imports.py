@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "objectives": {"config", "data", "ragged", "scheduling"},
     "conversion": {"config", "data", "ragged", "scheduling", "model", "runtime"},
     "rollout": {"config", "data"},
+    "evaluation": {"config", "data", "rollout"},
     "comparison": {"config", "objectives", "overrides", "runtime"},
     "rounds": {"config", "config_groups", "objectives", "overrides", "runtime", "rollout", "comparison"},
     "planning": {"config", "data", "scheduling", "model"},
@@ -77,12 +78,13 @@ DOES_WITHOUT = {
     "mpo_megatron/ragged": {"megatron"},
     "mpo_megatron/objectives": {"megatron"},
     "mpo_megatron/rollout": {"megatron"},
+    "mpo_megatron/evaluation": {"torch", "megatron"},
     "mpo_megatron/comparison": {"megatron", "nemo"},
     "mpo_megatron/rounds": {"megatron", "nemo"},
     "mpo_megatron/planning": {"torch", "megatron", "nemo"},
 }
 # Not on every machine: imported only where they are used, inside functions.
-NEVER_AT_MODULE_LEVEL = {"transformer_engine", "apex", "flash_attn", "vllm", "wandb", "trl"}
+NEVER_AT_MODULE_LEVEL = {"transformer_engine", "apex", "flash_attn", "vllm", "wandb", "trl", "tiktoken"}
 
 
 @dataclass(frozen=True)
