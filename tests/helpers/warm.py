@@ -211,8 +211,12 @@ class _Server:
     def fork(self) -> dict[str, Any] | None:
         connection, _ = self.listener.accept()
         with connection.dup() as reading:
-            _, streams, _, _ = socket.recv_fds(reading, 1, 3)
-            request: dict[str, Any] = json.loads(_read_all(reading))
+            streams, line = _received(reading)
+        # What asks may be killed at any moment.
+        if not line.endswith(b"\n"):
+            _close(streams)
+            connection.close()
+            return None
         pid = os.fork()
         if not pid:
             signal.set_wakeup_fd(-1)
@@ -222,11 +226,16 @@ class _Server:
                 mine.close()
             for stream, descriptor in enumerate(streams):
                 os.dup2(descriptor, stream)
-                os.close(descriptor)
+            _close(streams)
+            request: dict[str, Any] = json.loads(line)
             return request
-        for descriptor in streams:
-            os.close(descriptor)
-        connection.sendall(b"%d\n" % pid)
+        _close(streams)
+        try:
+            connection.sendall(b"%d\n" % pid)
+        except OSError:
+            os.kill(pid, signal.SIGKILL)
+            connection.close()
+            return None
         self.connections[pid] = connection
         self.selector.register(connection, selectors.EVENT_READ, pid)
         return None
@@ -246,9 +255,17 @@ class _Server:
         connection.close()
 
 
-def _read_all(connection: socket.socket) -> bytes:
-    with connection.makefile("rb") as lines:
-        return lines.readline()
+def _received(connection: socket.socket) -> tuple[list[int], bytes]:
+    """The streams and the line that a command asks with; not the whole of it if the command has ended."""
+    _, streams, _, _ = socket.recv_fds(connection, 1, 3)
+    with contextlib.suppress(ConnectionError), connection.makefile("rb") as lines:
+        return streams, lines.readline()
+    return streams, b""
+
+
+def _close(descriptors: Sequence[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def _serve() -> None:
