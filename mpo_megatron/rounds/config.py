@@ -173,8 +173,17 @@ def _check(config: RoundsConfig) -> None:
         for name in _normal(options):
             if name in taken:
                 raise UserError(f"{key}.{name} is set by the rounds; remove it")
-    for number in range(1, config.rounds + 1):
-        config.overrides(number)
+    for number in range(config.rounds + 1):
+        samples = config.sampling(number).get("samples", 2)
+        if isinstance(samples, int) and samples < 2:
+            where = (
+                f"of round {number}"
+                if number
+                else "of the held-out prompts, which are the trainings' validation"
+            )
+            raise UserError(f"samples={samples} {where}: a group needs 2 or more")
+        if number:
+            config.overrides(number)
 
 
 def arguments(options: dict[str, Any]) -> list[str]:

@@ -62,10 +62,12 @@ def verdict(lines: Sequence[Line]) -> str:
     last = lines[-1]
     if last.total is None:
         return ""
-    sentence = f"After {last.number} rounds the held-out score has changed by {_cell(last.total, '+.3f')}"
+    sentence = (
+        f"From round 0 to round {last.number} the held-out score has changed by {_cell(last.total, '+.3f')}"
+    )
     if not last.total.error:
         return f"{sentence}."
-    return f"{sentence}, {last.total.mean / last.total.error:+.1f} standard errors."
+    return f"{sentence}: {last.total.mean / last.total.error:+.1f} standard errors."
 
 
 def show(lines: Sequence[Line], title: str) -> None:

@@ -20,9 +20,9 @@ from tests.helpers.models import make_llama
 from tests.helpers.warm import WarmPython
 
 STAGES = ("sample", "score", "train", "held-out", "held-out-score", "log-probs")
-LIMIT = 120
+LIMIT = 400
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(4 * LIMIT)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * LIMIT)]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     "held_out_split": "validation", "limit": 6},
         "sample": {"samples": 3, "max-new-tokens": 8},
         "train": {"overrides": {
-            "trainer": {"max_epochs": 3, "save_interval": 1, "save_at_end": False, "val_check_interval": 0},
+            "trainer": {"max_epochs": 2, "save_interval": 2, "save_at_end": False, "val_check_interval": 0},
             "exp_manager": {"create_tensorboard_logger": False},
             "model": {"global_batch_size": 2, "max_tokens_per_micro_batch": 512, "optim": {"lr": 1e-3}},
         }},
@@ -145,13 +145,14 @@ def test_the_report(whole: tuple[Path, str]) -> None:
             assert [int(line["better"]), int(line["worse"])] == [
                 sum(change > 0 for change in changes), sum(change < 0 for change in changes),
             ]  # fmt: skip
-            assert line["steps"] == "9"
+            assert line["steps"] == "6"
     # The first round starts from the first policy; the second has moved further than its own step.
     assert lines[1]["kl_start"] == lines[1]["kl_first"]
     assert lines[2]["kl_start"] != lines[2]["kl_first"]
     assert (output / "rounds.png").read_bytes().startswith(b"\x89PNG")
-    assert "After 2 rounds the held-out score has changed by" in (output / "rounds.md").read_text()
-    assert "After 2 rounds" in printed
+    sentence = "From round 0 to round 2 the held-out score has changed by "
+    assert sentence in (output / "rounds.md").read_text()
+    assert sentence in printed
     assert "Round 2, score" in (output / "samples.md").read_text()
 
 

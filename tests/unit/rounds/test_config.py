@@ -33,7 +33,7 @@ def test_each_round_has_its_own_settings_after_those_of_all(tmp_path: Path) -> N
         write(
             tmp_path,
             sample={"samples": 4, "max-new-tokens": 9},
-            held_out={"samples": 1, "max_new_tokens": 5},
+            held_out={"samples": 2, "max_new_tokens": 5},
             train={"overrides": {"trainer": {"max_steps": 3}, "model.optim.lr": 1.0}},
             per_round=[
                 None,
@@ -41,7 +41,7 @@ def test_each_round_has_its_own_settings_after_those_of_all(tmp_path: Path) -> N
             ],
         )
     )
-    assert config.sampling(0) == {"samples": 1, "max_new_tokens": 5}
+    assert config.sampling(0) == {"samples": 2, "max_new_tokens": 5}
     assert config.sampling(1) == {"samples": 4, "max_new_tokens": 9}
     assert config.sampling(2) == {"samples": 6, "max_new_tokens": 9}
     common = ["trainer.max_steps=3", "model.optim.lr=1.0"]
@@ -87,6 +87,8 @@ def test_options_as_a_command_line() -> None:
         ({"per_round": [{}, {"exp_manager.explicit_log_dir": "x"}]}, "exp_manager.explicit_log_dir is set by --output"),
         ({"per_round": [{"sample": {"seed": 1}}, {}]}, "per_round[0].sample.seed is set by the rounds"),
         ({"sample": {"seed": 1}}, "sample.seed is set by the rounds; remove it"),
+        ({"held_out": {"samples": 1}}, "samples=1 of the held-out prompts, which are the trainings' validation"),
+        ({"per_round": [{}, {"sample": {"samples": 1}}]}, "samples=1 of round 2: a group needs 2 or more"),
         ({"held_out": {"limit": 1}}, "held_out.limit is set by the rounds; remove it"),
         ({"score": {"input": "x"}}, "score.input is set by the rounds; remove it"),
     ],

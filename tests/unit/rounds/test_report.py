@@ -129,7 +129,9 @@ def test_means_are_of_prompts_and_differences_of_those_that_both_have() -> None:
 def test_the_tables(rounds: list[Round], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = lines(rounds, lambda response: len(response["text"]))
     report.show(found, "title")
-    sentence = "After 2 rounds the held-out score has changed by +3.500 ± 3.500, +1.0 standard errors."
+    sentence = (
+        "From round 0 to round 2 the held-out score has changed by +3.500 ± 3.500: +1.0 standard errors."
+    )
     assert sentence in capsys.readouterr().out
     report.write_markdown(found, "title", tmp_path / "rounds.md")
     text = (tmp_path / "rounds.md").read_text()

@@ -134,7 +134,7 @@ def test_the_papers_rounds(tmp_path: Path) -> None:
         for command in stage.commands:
             check_arguments(command, stage)
     assert options(rounds[1].stages["sample"])["--samples"] == "5"
-    assert options(rounds[1].stages["held-out"])["--samples"] == "1"
+    assert options(rounds[1].stages["held-out"])["--samples"] == "2"
 
 
 @pytest.mark.parametrize(
