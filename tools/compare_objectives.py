@@ -10,6 +10,7 @@ comparison.md, and with DIR/comparison.png; a sweep has a picture for each of it
 """
 
 import argparse
+import re
 import signal
 import sys
 import time
@@ -198,7 +199,7 @@ def tell(comparison: Comparison, runs: Sequence[Run], found: Found, name: str, o
     pictures.plot(list(lines.values()), title, drawn[0])
     points = {member: (comparison.members[member].base, comparison.members[member].point) for member in lines}
     for axis in dict.fromkeys(axis for _, point in points.values() for axis in point):
-        drawn.append(output / f"sweep-{axis}.png")
+        drawn.append(output / re.sub(r"[^\w.-]", "_", f"sweep-{axis}.png"))
         pictures.plot_sweep(lines, axis, dict(lines_of(points, axis)), title, drawn[-1])
     print(f"pictures    {', '.join(map(str, drawn))}")
 
