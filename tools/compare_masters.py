@@ -17,10 +17,8 @@ DIR/masters.png.
 
 import argparse
 import json
-import math
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -35,6 +33,7 @@ from tqdm import tqdm
 from mpo_megatron.benchmarks.report import Report, show, to_markdown
 from mpo_megatron.conversion.hf_folder import SINGLE, copy_all_but_weights
 from mpo_megatron.errors import UserError
+from mpo_megatron.means import mean_and_error
 
 WAYS = ("float32", "rounded", "source", "dithered", "stochastic")
 # Figures of a run: key, title, how it is written.
@@ -175,12 +174,6 @@ def read(output: Path, members: Iterable[Member]) -> Results:
     return found
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error; the error of a single value is 0."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return statistics.fmean(values), error
-
-
 def summary(output: Path, members: Sequence[Member], steps: int) -> Report:
     """The table: a line for each learning rate and way, means over the seeds with standard errors."""
     rows, figures = [], {}
@@ -188,7 +181,7 @@ def summary(output: Path, members: Sequence[Member], steps: int) -> Report:
         cells = [f"{rate:g}", way]
         for key, _, style in COLUMNS:
             mean, error = mean_and_error([one[key] for one in runs])
-            cells.append(f"{mean:{style}} ± {error:{style.lstrip('+')}}")
+            cells.append(f"{mean:{style}} ± {error or 0.0:{style.lstrip('+')}}")
             figures[f"{key}/{way}/{rate:g}"] = mean
         rows.append(cells)
     seeds = len({member.seed for member in members})

@@ -17,7 +17,8 @@ from rich.table import Table
 
 from mpo_megatron.errors import UserError
 from mpo_megatron.evaluation.pairs import matched, read_scored
-from mpo_megatron.rollout.rewards import mean_and_error, mean_score, summarise
+from mpo_megatron.means import mean_and_error
+from mpo_megatron.rollout.rewards import mean_score, summarise
 
 
 def main(argv: Sequence[str] | None = None) -> None:

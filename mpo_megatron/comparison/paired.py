@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mpo_megatron.means import mean_and_error
+
 # A value for each group, by the group's id, for each seed.
 BySeed = Mapping[int, Mapping[str, float]]
 
@@ -52,10 +54,5 @@ def difference(member: BySeed, baseline: BySeed) -> Difference | None:
     if not groups:
         return None
     values = np.array([[member[seed][name] - baseline[seed][name] for name in groups] for seed in seeds])
-    return Difference(
-        float(values.mean()), _error(values.mean(0)), _error(values.mean(1)), len(groups), len(seeds)
-    )
-
-
-def _error(values: np.ndarray) -> float | None:
-    return float(values.std(ddof=1)) / math.sqrt(values.size) if values.size > 1 else None
+    over_groups, over_seeds = (mean_and_error(values.mean(axis).tolist()).error for axis in (0, 1))
+    return Difference(float(values.mean()), over_groups, over_seeds, len(groups), len(seeds))

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mpo_megatron.comparison.paired import Difference
-from mpo_megatron.comparison.results import FIGURES, SCORES, Figure, Line
+from mpo_megatron.comparison.results import FIGURES, SCORES, Line
+from mpo_megatron.means import Mean
 
 # Columns of the table: key, title, format.
 COLUMNS = (
@@ -83,7 +84,7 @@ def table(lines: Sequence[Line], title: str, left: Sequence[str] = ()) -> Grid:
     return Grid(title, rows, [*_notes(lines), *unfinished])
 
 
-def _cell(figure: Figure | None, fmt: str) -> str:
+def _cell(figure: Mean | None, fmt: str) -> str:
     if figure is None:
         return ""
     return f"{format(figure.mean, fmt)}{'' if figure.error is None else f' ± {_error(figure.error, fmt)}'}"

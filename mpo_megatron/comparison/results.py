@@ -1,15 +1,15 @@
 """The figures of a run, and of a member over its seeds."""
 
 import json
-import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mpo_megatron.comparison.held_out import read_held_out
 from mpo_megatron.comparison.plan import Run
 from mpo_megatron.errors import UserError
+from mpo_megatron.means import Mean, mean_and_error
 
 # Of the held-out data, before and after training.
 HELD_OUT = ("reward_margin", "accuracy", "loss")
@@ -25,14 +25,6 @@ SCORES = ("score_before", "score_after", "score_gain")
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A mean and its standard error, None of a single value."""
-
-    mean: float
-    error: float | None = None
-
-
-@dataclass(frozen=True)
 class Line:
     """A member's line in the tables.
 
@@ -45,7 +37,7 @@ class Line:
 
     member: str
     seeds: int
-    figures: dict[str, Figure]
+    figures: dict[str, Mean]
     failed: dict[str, str] = field(default_factory=dict)
 
 
@@ -103,18 +95,13 @@ def over_seeds(
         scores: the same of each run that was sampled.
     """
     own = [result for run, result in results.items() if run.member == member]
-    found = {name: _mean([result[name] for result in own]) for name in FIGURES} if own else {}
+    found = {name: mean_and_error([result[name] for result in own]) for name in FIGURES} if own else {}
     sampled = [of for run, of in (scores or {}).items() if run.member == member]
     if own and sampled and start is not None:
         after = {name: statistics.fmean(of[name] for of in sampled) for name in start}
         gains = [after[name] - start[name] for name in start]
         for name, values in zip(SCORES, (list(start.values()), list(after.values()), gains), strict=True):
-            found[name] = _mean(values)
+            found[name] = mean_and_error(values)
     return Line(
         member, len(own), found, {str(run): error for run, error in failed.items() if run.member == member}
     )
-
-
-def _mean(values: Sequence[float]) -> Figure:
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return Figure(statistics.fmean(values), error)

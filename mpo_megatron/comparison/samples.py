@@ -10,7 +10,6 @@
 
 import json
 import shutil
-import statistics
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mpo_megatron.errors import UserError
+from mpo_megatron.rollout.rewards import mean_score
 from mpo_megatron.runtime.commands import ROOT, run_to_end, what_failed
 
 # The folder of the starting model's samples, in the output.
@@ -100,9 +100,7 @@ def sample(samples: Samples, model: Path, folder: Path) -> dict[str, float]:
             _tool("generate", {"model": model, **samples.generate, "output": groups}, folder / LOG)
         _tool("score", {"input": groups, **samples.score, "output": scored}, folder / LOG)
     lines = [json.loads(line) for line in scored.read_text(encoding="utf-8").splitlines()]
-    return {
-        line["id"]: statistics.fmean(response["score"] for response in line["responses"]) for line in lines
-    }
+    return {line["id"]: mean_score(line) for line in lines}
 
 
 def is_sampled(folder: Path) -> bool:

@@ -30,7 +30,7 @@ from statsmodels.stats.proportion import proportion_confint
 from statsmodels.tools.sm_exceptions import PerfectSeparationWarning, SpecificationWarning
 
 from mpo_megatron.evaluation.pairs import Pair
-from mpo_megatron.rollout.rewards import mean_and_error
+from mpo_megatron.means import mean_and_error
 
 LEVEL = 0.95
 Floats = NDArray[np.float64]

@@ -1,12 +1,12 @@
 """The reward of a response: how well it keeps the prompt's verifiable constraints, unless it is no real answer."""
 
-import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mpo_megatron.errors import UserError
+from mpo_megatron.means import mean_and_error
 from mpo_megatron.rollout.constraints import Constraint, satisfaction
 from mpo_megatron.rollout.text import words
 
@@ -93,12 +93,6 @@ def summarise(groups: Iterable[Mapping[str, Any]]) -> Summary:
         usable_share=statistics.fmean(max(group) - min(group) >= USABLE_SPREAD for group in scores),
         finished_share=statistics.fmean(finished),
     )
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """The mean and its standard error, for independent values; there is none of a single one."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return statistics.fmean(values), error
 
 
 def mean_score(group: Mapping[str, Any]) -> float:

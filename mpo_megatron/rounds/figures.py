@@ -5,13 +5,13 @@ Differences between rounds are taken prompt by prompt: the samples of all rounds
 """
 
 import json
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpo_megatron.comparison.results import Figure, of_metrics
+from mpo_megatron.comparison.results import of_metrics
+from mpo_megatron.means import Mean, mean_and_error
 from mpo_megatron.rollout.records import Record, read_groups
 from mpo_megatron.rounds import state
 from mpo_megatron.rounds.stages import Round
@@ -41,23 +41,23 @@ class Line:
     """
 
     number: int
-    score: Figure
-    tokens: Figure
-    finished: Figure
+    score: Mean
+    tokens: Mean
+    finished: Mean
     seconds: float
-    change: Figure | None = None
-    total: Figure | None = None
+    change: Mean | None = None
+    total: Mean | None = None
     better: int | None = None
     worse: int | None = None
     changed: float | None = None
-    kl_start: Figure | None = None
-    kl_first: Figure | None = None
+    kl_start: Mean | None = None
+    kl_first: Mean | None = None
     margin_before: float | None = None
     margin_after: float | None = None
     accuracy_after: float | None = None
     steps: int | None = None
     train_prompts: int | None = None
-    train_score: Figure | None = None
+    train_score: Mean | None = None
 
 
 def lines(rounds: Sequence[Round], tokens: Tokens) -> list[Line]:
@@ -115,7 +115,7 @@ def _line(one: Round, groups: Sequence[Mapping[str, Record]], tokens: Tokens, se
     )
 
 
-def divergence(policy: Mapping[str, Record], reference: Mapping[str, Record]) -> Figure:
+def divergence(policy: Mapping[str, Record], reference: Mapping[str, Record]) -> Mean:
     """Estimate of KL(policy, reference) in nats a response: the mean of log pi(y|x) - log pi_ref(y|x) over samples y of
     the policy.
 
@@ -140,11 +140,9 @@ def difference(before: Mapping[str, list[float]], now: Mapping[str, list[float]]
     }
 
 
-def over_prompts(values: Mapping[str, list[float]]) -> Figure:
+def over_prompts(values: Mapping[str, list[float]]) -> Mean:
     """Mean of the prompts' means, and its standard error; None of a single prompt."""
-    means = [statistics.fmean(own) for own in values.values()]
-    error = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
-    return Figure(statistics.fmean(means), error)
+    return mean_and_error([statistics.fmean(own) for own in values.values()])
 
 
 def _changed(before: Mapping[str, Record], now: Mapping[str, Record]) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from mpo_megatron.comparison.results import Figure
+from mpo_megatron.means import Mean
 from mpo_megatron.rounds.figures import Example, Line
 
 # Columns of the tables: title, name of the figure, format.
@@ -47,10 +47,10 @@ def titles() -> list[str]:
     return ["round", *(title for title, _, _ in COLUMNS), "prompts up / down", "samples changed", "minutes"]
 
 
-def _cell(value: Figure | float | None, fmt: str) -> str:
+def _cell(value: Mean | float | None, fmt: str) -> str:
     if value is None:
         return ""
-    if not isinstance(value, Figure):
+    if not isinstance(value, Mean):
         return format(value, fmt)
     fmt_of_error = fmt.removeprefix("+")
     error = "" if value.error is None else f" ± {format(value.error, fmt_of_error)}"
@@ -92,7 +92,7 @@ def write_csv(lines: Sequence[Line], path: Path) -> None:
         row: dict[str, object] = {}
         for name in (f.name for f in fields(line)):
             value = getattr(line, name)
-            if isinstance(value, Figure):
+            if isinstance(value, Mean):
                 row |= {name: value.mean, f"{name}_error": "" if value.error is None else value.error}
             else:
                 row[name] = "" if value is None else value
@@ -141,7 +141,7 @@ def plot(lines: Sequence[Line], title: str, path: Path) -> None:
     for axis, (label, series) in zip(axes.flat, panels, strict=True):
         for name, legend in series:
             points = [(line.number, value) for line in lines if (value := getattr(line, name)) is not None]
-            values = [value if isinstance(value, Figure) else Figure(value) for _, value in points]
+            values = [value if isinstance(value, Mean) else Mean(value) for _, value in points]
             axis.errorbar(
                 [number for number, _ in points], [value.mean for value in values],
                 yerr=[value.error or 0.0 for value in values], fmt="o-", capsize=3, label=legend,

@@ -21,8 +21,9 @@ from mpo_megatron.comparison.report import (
     write_markdown,
     write_paired_csv,
 )
-from mpo_megatron.comparison.results import FIGURES, Figure, figures, over_seeds
+from mpo_megatron.comparison.results import FIGURES, figures, over_seeds
 from mpo_megatron.errors import UserError
+from mpo_megatron.means import Mean
 
 GROUP: dict[str, Any] = {"id": "a", "tokens": [2, 3], "scores": [2, 1], "preferred": [True, False]}
 
@@ -81,11 +82,11 @@ def test_means_and_standard_errors_over_seeds() -> None:
     # Variance (4 + 1 + 9) / 2.
     assert dpo.figures["reward_margin_after"].mean == 3.0
     assert dpo.figures["reward_margin_after"].error == pytest.approx(math.sqrt(7 / 3))
-    assert dpo.figures["loss_after"] == Figure(0.25, 0.0)
+    assert dpo.figures["loss_after"] == Mean(0.25, 0.0)
     assert (dpo.seeds, dpo.failed) == (3, {"dpo, seed 4": "d"})
     assert (mpo.seeds, mpo.figures, mpo.failed) == (0, {}, {"mpo, seed 1": "a | b", "mpo, seed 2": "[c]"})
     alone = over_seeds("dpo", {run("dpo", 1): result(1.0)}, {})
-    assert alone.figures["reward_margin_after"] == Figure(1.0, None)
+    assert alone.figures["reward_margin_after"] == Mean(1.0, None)
 
 
 def test_scores_are_over_prompts_and_the_gain_is_prompt_by_prompt() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mpo_megatron.comparison.results import Figure
+from mpo_megatron.means import Mean
 from mpo_megatron.rollout.records import Record, write_jsonl
 from mpo_megatron.rounds import report, state
 from mpo_megatron.rounds.figures import difference, divergence, examples, lines, over_prompts
@@ -94,36 +94,36 @@ def rounds(tmp_path: Path) -> list[Round]:
 def test_figures_by_hand(rounds: list[Round]) -> None:
     first, second, third = lines(rounds, lambda response: len(response["text"]))
     # Means of the prompts: 2 and 4, 3 and 3, 9 and 4.
-    assert (first.score, second.score, third.score) == (Figure(3.0, 1.0), Figure(3.0, 0.0), Figure(6.5, 2.5))
-    assert (first.tokens, first.finished) == (Figure(2.5, 0.5), Figure(0.75, 0.25))
+    assert (first.score, second.score, third.score) == (Mean(3.0, 1.0), Mean(3.0, 0.0), Mean(6.5, 2.5))
+    assert (first.tokens, first.finished) == (Mean(2.5, 0.5), Mean(0.75, 0.25))
     assert (first.seconds, second.seconds) == (60.0, 150.0)
     assert (first.change, first.kl_start, first.better, first.margin_after, first.train_score) == (None,) * 5
-    assert (second.change, second.better, second.worse, second.changed) == (Figure(0.0, 1.0), 1, 1, 0.25)
-    assert third.change == Figure(3.5, 2.5)
+    assert (second.change, second.better, second.worse, second.changed) == (Mean(0.0, 1.0), 1, 1, 0.25)
+    assert third.change == Mean(3.5, 2.5)
     assert third.total is not None
     assert third.total.mean == 3.5
     assert third.total.error == pytest.approx(3.5)
     assert (third.better, third.worse, third.changed) == (2, 0, 1.0)
     # Of each prompt 0.5 and 1.5.
-    assert second.kl_start == second.kl_first == Figure(1.0, 0.5)
-    assert (third.kl_start, third.kl_first) == (Figure(1.0, 0.0), Figure(4.0, 0.0))
+    assert second.kl_start == second.kl_first == Mean(1.0, 0.5)
+    assert (third.kl_start, third.kl_first) == (Mean(1.0, 0.0), Mean(4.0, 0.0))
     assert (second.margin_before, second.margin_after, second.accuracy_after, second.steps) == (
         0.0,
         0.25,
         0.75,
         5,
     )
-    assert (second.train_prompts, second.train_score) == (2, Figure(4.0, 2.0))
+    assert (second.train_prompts, second.train_score) == (2, Mean(4.0, 2.0))
 
 
 def test_means_are_of_prompts_and_differences_of_those_that_both_have() -> None:
     found = over_prompts({"a": [1.0], "b": [2.0, 4.0], "c": [8.0, 8.0]})
     assert found.mean == 4.0
     assert found.error == pytest.approx(math.sqrt(13 / 3))
-    assert over_prompts({"a": [1.0, 3.0]}) == Figure(2.0, None)
+    assert over_prompts({"a": [1.0, 3.0]}) == Mean(2.0, None)
     assert difference({"a": [1.0], "b": [2.0]}, {"b": [3.0, 6.0], "c": [0.0]}) == {"b": [2.5]}
     apart = divergence({"a": {"log_probs": [-1.0, -3.0]}}, {"a": {"log_probs": [-2.0, -6.0]}})
-    assert apart == Figure(2.0, None)
+    assert apart == Mean(2.0, None)
 
 
 def test_the_tables(rounds: list[Round], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
