@@ -68,6 +68,11 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise UserError(
                 f"slurm.{name} must be a mapping of sbatch's options such as {{time: '08:00:00'}}, not {value}"
             )
+        elif isinstance(value.get("time", ""), int | float):
+            # YAML reads 24:00:00 as a number of seconds, and sbatch a number as minutes.
+            raise UserError(
+                f'slurm.{name}.time={value["time"]} must be a text: write it as "HH:MM:SS", in quotes'
+            )
 
 
 def submit(output: Path) -> str:

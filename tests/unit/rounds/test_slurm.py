@@ -149,6 +149,7 @@ def test_what_sbatch_refuses_is_one_sentence(
         ({"trian": {}}, "slurm.trian is none of setup, common, sample"),
         ({"setup": "module load cuda"}, "slurm.setup must be a list of lines of shell, not module load cuda"),
         ({"train": ["nodes=2"]}, "slurm.train must be a mapping of sbatch's options such as"),
+        ({"common": {"time": 86400}}, 'slurm.common.time=86400 must be a text: write it as "HH:MM:SS"'),
     ],
 )
 def test_wrong_options_are_one_sentence(
