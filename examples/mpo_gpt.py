@@ -61,6 +61,8 @@ def main() -> int:
             train(config)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
+            # The end of a progress bar's line, where both streams go to one file.
+            sys.stdout.flush()
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     return 0
