@@ -1,7 +1,9 @@
 """Keep other libraries' start-up chatter off the screen, so that the first lines of a run are the run's own."""
 
+import io
 import logging
 import os
+import sys
 import warnings
 
 
@@ -19,6 +21,7 @@ def quiet_third_parties() -> None:
     warnings.filterwarnings("ignore", module=r"mpo_megatron\.runtime\.cpu")
     # On a full disk what matters says that it cannot be written, and not a traceback of every log.
     logging.raiseExceptions = False
+    sys.unraisablehook = _of_no_file
     for name in (
         "megatron",
         "nemo_logging",
@@ -29,3 +32,12 @@ def quiet_third_parties() -> None:
         "matplotlib",
     ):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _of_no_file(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Show an exception that nobody can catch, unless it is of a file that is closed as it is collected.
+
+    Python >= 3.13 shows these. Torch leaves some such files behind when a disk is full, after the error that says so.
+    """
+    if not isinstance(unraisable.object, io.IOBase):
+        sys.__unraisablehook__(unraisable)
