@@ -5,7 +5,7 @@ checkpoint is written, and while the model is exported. Each time the same comma
 parameters and the optimizer's state are those of a run that nobody killed: to the last bit at the same layout, within
 1e-5 where each start has another layout.
 
-12 kills a run; a longer mode takes any number, and another seed:
+12 kills; a longer mode takes any number, at most 50 of one run and the others of further runs, and another seed:
 
     MPO_KILLS=30 python -m pytest -s tests/faults/test_kills.py
     MPO_KILLS=1000 MPO_KILLS_SEED=7 python -m pytest -s tests/faults/test_kills.py
@@ -41,8 +41,10 @@ KILLS = int(os.environ.get("MPO_KILLS", "12"))
 SEED = int(os.environ.get("MPO_KILLS_SEED", "0"))
 # Of them over other layouts, whose resumes take longer: as many again would not fit the suite's time.
 OTHER = max(1, KILLS * 2 // 5)
+# Of one run: its steps, and so its time without a kill, grow with their number.
+IN_A_RUN = 50
 INTERVAL = 3
-STEPS = 4 * KILLS
+STEPS = 4 * min(KILLS, IN_A_RUN)
 MOMENTS = {"any": "at any moment", "save": "in a save", "export": "in an export"}
 
 # (ranks, keys of the layout)
@@ -68,6 +70,14 @@ class Tally:
     starts: int = 0
     lost: list[int] = field(default_factory=list)  # steps that were done and are not in a checkpoint
     seconds: list[float] = field(default_factory=list)  # until the other ranks had ended
+
+    def __add__(self, other: "Tally") -> "Tally":
+        return Tally(
+            self.kills + other.kills,
+            self.starts + other.starts,
+            self.lost + other.lost,
+            self.seconds + other.seconds,
+        )
 
     def __str__(self) -> str:
         of = ", ".join(f"{count} {moment}" for moment, count in sorted(self.kills.items()))
@@ -156,6 +166,12 @@ def run_killed(
     return tally
 
 
+def shares(kills: int) -> list[int]:
+    """The kills of each run, as equal as can be and IN_A_RUN at most."""
+    runs = -(-kills // IN_A_RUN)
+    return [kills // runs + (number < kills % runs) for number in range(runs)]
+
+
 @dataclass(frozen=True)
 class Unbroken:
     """A run that nobody has killed, on two ranks.
@@ -182,33 +198,35 @@ def unbroken(inputs: dict[str, Path], started: Forks, tmp_path_factory: pytest.T
 def test_a_run_killed_at_any_moment_ends_with_the_same_bits(
     inputs: dict[str, Path], unbroken: Unbroken, started: Forks, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "run"
-    draw = random.Random(SEED)
-    tally = run_killed(started, draw, folder, arguments(inputs, folder), [DP2], unbroken.window, KILLS)
-    print(f"\nthe same layout: {tally}")
-    assert_same_bits(folder, unbroken.folder)
-    assert exact(folder) == exact(unbroken.folder)
-    assert {moment.partition(",")[0] for moment in tally.kills} == set(MOMENTS.values())
+    draw, total = random.Random(SEED), Tally()
+    for number, kills in enumerate(shares(KILLS)):
+        folder = tmp_path / f"run{number}"
+        total += run_killed(started, draw, folder, arguments(inputs, folder), [DP2], unbroken.window, kills)
+        assert_same_bits(folder, unbroken.folder)
+        assert exact(folder) == exact(unbroken.folder)
+        print(f"\nthe same layout, run {number + 1}: in all {total}", flush=True)
+    assert {moment.partition(",")[0] for moment in total.kills} == set(MOMENTS.values())
 
 
 def test_a_run_killed_and_resumed_at_other_layouts_ends_with_the_same_parameters(
     inputs: dict[str, Path], unbroken: Unbroken, started: Forks, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "run"
     form = "trainer.checkpoint.dist_ckpt_optim_fully_reshardable=true"
     layouts = [ONE, DP2, TP2, PP2]
-    tally = run_killed(
-        started,
-        random.Random(SEED + 1),
-        folder,
-        arguments(inputs, folder, form),
-        layouts,
-        unbroken.window,
-        OTHER,
-    )
-    ours, theirs = parameters(folder), parameters(unbroken.folder)
-    assert ours.keys() == theirs.keys()
-    difference = torch.cat([(ours[name] - theirs[name]).flatten() for name in theirs]).norm()
-    relative = float(difference / torch.cat([tensor.flatten() for tensor in theirs.values()]).norm())
-    print(f"\nother layouts: {tally}; parameters differ by {relative:.1e} relative")
-    assert relative <= 1e-5
+    theirs = parameters(unbroken.folder)
+    norm = torch.cat([tensor.flatten() for tensor in theirs.values()]).norm()
+    draw, total = random.Random(SEED + 1), Tally()
+    for number, kills in enumerate(shares(OTHER)):
+        folder = tmp_path / f"run{number}"
+        total += run_killed(
+            started, draw, folder, arguments(inputs, folder, form), layouts, unbroken.window, kills
+        )
+        ours = parameters(folder)
+        assert ours.keys() == theirs.keys()
+        difference = torch.cat([(ours[name] - theirs[name]).flatten() for name in theirs]).norm()
+        relative = float(difference / norm)
+        print(
+            f"\nother layouts, run {number + 1}: in all {total}; parameters differ by {relative:.1e} relative",
+            flush=True,
+        )
+        assert relative <= 1e-5
