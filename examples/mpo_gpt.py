@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 examples/mpo_gpt.py [--config-name NAME] [key=value ...] [group=choice ...]
 
 The configuration is conf/NAME.yaml (mpo_gpt by default; docs/presets.md has those of larger models); every key and its
-default is in mpo_megatron/config.py. --cfg job prints the composed YAML and runs nothing.
+default is in mpo_megatron/config/. --cfg job prints the composed YAML and runs nothing.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from nemo.core.config import hydra_runner  # noqa: E402  (its import warns)
 from omegaconf import DictConfig  # noqa: E402
 
 from mpo_megatron.config import parse, register_schema  # noqa: E402
-from mpo_megatron.config_groups import check_command  # noqa: E402
+from mpo_megatron.config.groups import check_command  # noqa: E402
 from mpo_megatron.errors import UserError  # noqa: E402
 from mpo_megatron.runtime.meeting import starting_together  # noqa: E402
 from mpo_megatron.runtime.parent import end_with_launcher  # noqa: E402

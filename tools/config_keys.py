@@ -2,7 +2,7 @@
 
     python tools/config_keys.py
 
-It is read from the source of the schema, mpo_megatron/config.py: the comment beside a key, or above it, is its
+It is read from the source of the schema, mpo_megatron/config/schema.py: the comment beside a key, or above it, is its
 description. docs/configuration.md shows the same.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-SCHEMA = Path(__file__).resolve().parents[1] / "mpo_megatron" / "config.py"
+SCHEMA = Path(__file__).resolve().parents[1] / "mpo_megatron" / "config" / "schema.py"
 # Keys that stand beside others in a YAML and have a table of their own: tools/objectives.py prints it.
 HYPER_PARAMETERS = "hyper_parameters"
 

@@ -17,7 +17,7 @@ import torch
 
 from mpo_megatron.benchmarks.plan import ultrafeedback_like
 from mpo_megatron.config import Config
-from mpo_megatron.config_groups import compose_config
+from mpo_megatron.config.groups import compose_config
 from mpo_megatron.errors import UserError
 from mpo_megatron.model.architecture import Architecture, read_config_file
 from mpo_megatron.model.fp8 import Fp8, row_alignment

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from mpo_megatron import objectives
 from mpo_megatron.config import Config, check_overrides, parse
-from mpo_megatron.config_groups import compose_config
+from mpo_megatron.config.groups import compose_config
 from mpo_megatron.conversion.hf_folder import model_folder
 from mpo_megatron.errors import ConfigError, UserError
 from mpo_megatron.model.architecture import FAMILIES, Architecture, check_layout, read_architecture

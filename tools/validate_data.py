@@ -23,7 +23,7 @@ from rich.table import Table
 
 from mpo_megatron import objectives
 from mpo_megatron.config import KEPT_FAULTS, Config, check_overrides, parse
-from mpo_megatron.config_groups import compose_config
+from mpo_megatron.config.groups import compose_config
 from mpo_megatron.conversion.hf_folder import load_tokenizer, model_folder
 from mpo_megatron.data.faults import FAULTS, LONG_PROMPT
 from mpo_megatron.data.schema import RecordError

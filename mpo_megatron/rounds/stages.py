@@ -17,7 +17,7 @@ from typing import Any
 
 from mpo_megatron import objectives
 from mpo_megatron.config import MpoConfig
-from mpo_megatron.config_groups import compose_config
+from mpo_megatron.config.groups import compose_config
 from mpo_megatron.errors import ConfigError, UserError
 from mpo_megatron.overrides import as_value, by_key
 from mpo_megatron.rollout.parts import digest_of, digest_of_folder

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mpo_megatron.config_groups import compose_config, groups
+from mpo_megatron.config.groups import compose_config, groups
 from mpo_megatron.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]

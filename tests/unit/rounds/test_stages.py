@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mpo_megatron.config_groups import compose_config
+from mpo_megatron.config.groups import compose_config
 from mpo_megatron.errors import UserError
 from mpo_megatron.overrides import by_key
 from mpo_megatron.rounds.config import read_config

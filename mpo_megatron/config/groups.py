@@ -13,7 +13,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from mpo_megatron.config import Config, check_overrides, parse, register_schema
+from mpo_megatron.config.parse import check_overrides, parse, register_schema
+from mpo_megatron.config.schema import Config
 from mpo_megatron.errors import ConfigError
 
 _CHOICE = re.compile(r"\$\{(\w+)\}")
