@@ -91,11 +91,6 @@ def checked(overrides: Sequence[Any], where: str, own: Mapping[str, str]) -> lis
     return list(overrides)
 
 
-def by_key(overrides: Sequence[str]) -> dict[str, str]:
-    """The value that counts of each key: the last one."""
-    return dict(override.partition("=")[::2] for override in overrides)
-
-
 def what_differs(before: Mapping[str, str], now: Mapping[str, str]) -> tuple[str, str]:
     """The settings that two mappings do not share, as each has them, in words."""
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]

@@ -10,7 +10,7 @@ from pathlib import Path
 from mpo_megatron.comparison.plan import Run
 from mpo_megatron.comparison.results import figures
 from mpo_megatron.errors import UserError
-from mpo_megatron.overrides import as_value, by_key, what_differs
+from mpo_megatron.overrides import as_value, what_differs
 from mpo_megatron.runtime.commands import ROOT, run_to_end, torchrun, what_failed
 
 JOB = ROOT / "examples" / "mpo_gpt.py"
@@ -46,8 +46,8 @@ def finished(run: Run, ranks: int) -> dict[str, float] | None:
 
 
 def settings(run: Run, ranks: int) -> dict[str, str]:
-    """What tells one run from another in the same folder: the value of each override, by key, and the ranks."""
-    return {"ranks": str(ranks), **by_key(run.overrides)}
+    """What tells one run from another in the same folder."""
+    return {"ranks": str(ranks), **run.settings}
 
 
 def model_of(run: Run) -> Path:

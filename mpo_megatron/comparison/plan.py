@@ -18,8 +18,9 @@ another objective, and are taken back. A seed is `trainer.seed`: the order of th
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,10 @@ from mpo_megatron import objectives
 from mpo_megatron.comparison.overrides import MPO, as_typed, checked
 from mpo_megatron.comparison.samples import START, Samples, read_samples
 from mpo_megatron.comparison.sweep import points
-from mpo_megatron.config import Config, MpoConfig, check_overrides, parse, register_schema
+from mpo_megatron.config import Config, MpoConfig, changed, check_overrides, parse, register_schema
 from mpo_megatron.errors import ConfigError, UserError
 from mpo_megatron.overrides import read_yaml
+from mpo_megatron.rollout.parts import digest_of_folder
 from mpo_megatron.runtime.commands import ROOT
 
 KEYS = ("seeds", "common", "members", "baseline", "sweep", "samples")
@@ -83,6 +85,7 @@ class Run:
     """One member at one seed.
 
     Attributes:
+        settings: what its figures depend on: keys of the job, and digests of what its data and models hold.
         start: the folder of the starting model.
         keeps_model: whether the job leaves a Hugging Face folder in its own.
     """
@@ -91,6 +94,7 @@ class Run:
     seed: int
     overrides: tuple[str, ...]
     folder: Path
+    settings: dict[str, str] = field(default_factory=dict)
     start: Path = Path()
     keeps_model: bool = False
 
@@ -188,18 +192,38 @@ def plan_runs(
             f"members begin at {len(set(starts.values()))} models; with `samples` they begin at one, "
             "model.restore_from_path in `common`"
         )
+    digest = cache(digest_of_folder)
+    settings = {name: _settings(config, digest) for name, config in configs.items()}
     return [
         Run(
             name,
             seed,
             (*comparison.members[name].overrides, *more, f"trainer.seed={seed}"),
             output / name / f"seed-{seed}",
+            {**settings[name], "trainer.seed": str(seed)},
             starts[name],
             configs[name].model.export_path is None,
         )
         for seed in comparison.seeds
         for name in names
     ]
+
+
+def _settings(config: Config, digest: Callable[[Path], str]) -> dict[str, str]:
+    """What the figures of a run depend on, but for its seed."""
+    model = config.model
+    read = {
+        "model.restore_from_path": model.restore_from_path,
+        "model.mpo.reference_from_path": model.mpo.reference_from_path,
+        "model.data.train": model.data.train,
+        "model.data.validation": model.data.validation,
+    }
+    return changed(config) | {
+        f"what {key} holds": digest(Path(path))
+        for key, path in read.items()
+        # The hub's names are no paths.
+        if path is not None and Path(path).exists()
+    }
 
 
 def _chosen(comparison: Comparison, asked: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ Whatever needs no model and no data is checked here, before anything is started.
 
 from mpo_megatron.config.parse import (
     as_yaml,
+    changed,
     check_keys,
     check_overrides,
     make_writable,
@@ -41,6 +42,7 @@ __all__ = [
     "SchedConfig",
     "TrainerConfig",
     "as_yaml",
+    "changed",
     "check_keys",
     "check_overrides",
     "make_writable",

@@ -5,7 +5,7 @@ stops the run with the value, the rule and the fix. The result is frozen.
 """
 
 import difflib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from typing import Any
 
@@ -47,6 +47,22 @@ def as_yaml(config: Config) -> dict[str, Any]:
     found = asdict(config)
     found["model"]["mpo"] |= found["model"]["mpo"].pop("hyper_parameters")
     return found
+
+
+def changed(config: Config) -> dict[str, str]:
+    """The keys whose values are not the schema's defaults, by their paths: what tells one configuration from another,
+    whether a YAML or a command line says it.
+    """
+    defaults = dict(_leaves(as_yaml(Config())))
+    return {key: str(value) for key, value in _leaves(as_yaml(config)) if defaults.get(key) != value}
+
+
+def _leaves(section: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
 
 
 def register_schema(name: str = "schema") -> None:

@@ -215,9 +215,10 @@ def digest_of(value: Any) -> str:
 
 
 def digest_of_folder(folder: Path) -> str:
-    """A short digest of a model's folder: names, sizes, and of each file pieces all over it."""
+    """A short digest of a folder, such as a model's, or of a file: of names, sizes, and pieces all over each file."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    paths = [folder] if folder.is_file() else folder.rglob("*")
+    for path in sorted(path for path in paths if path.is_file()):
         size = path.stat().st_size
         digest.update(f"{path.relative_to(folder)}\0{size}\0".encode(errors="surrogateescape"))
         with path.open("rb") as file:

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from mpo_megatron import objectives
-from mpo_megatron.config import MpoConfig
+from mpo_megatron.config import MpoConfig, changed
 from mpo_megatron.config.groups import compose_config
 from mpo_megatron.errors import ConfigError, UserError
-from mpo_megatron.overrides import as_value, by_key
+from mpo_megatron.overrides import as_value
 from mpo_megatron.rollout.parts import digest_of, digest_of_folder
 from mpo_megatron.rollout.records import Record
 from mpo_megatron.rounds.config import RoundsConfig, arguments
@@ -33,6 +33,9 @@ DEFAULTS = ("model.data.faults.empty=skip", "model.data.faults.unequal_scores=ke
 _RESOURCES = ("processes", "device", "batch_size", "batch_tokens", "gpus_per_process", "judge_concurrency",
               "judge_rate", "judge_attempts", "judge_timeout", "judge_first_wait", "judge_prices", "judge_cache",
               "judge_key_variable")  # fmt: skip
+
+# Keys of the main job that say where things lie, beside those of what it reads and writes.
+_PLACES = ("model.data.cache_dir", "exp_manager.resume_if_exists")
 
 
 @dataclass(frozen=True)
@@ -198,13 +201,15 @@ class _Plan:
         ]
         train = self.config.train
         try:
-            _check_job(train.config, overrides)
+            asked = _job_settings(train.config, overrides)
         except ConfigError as error:
             raise UserError(f"round {number}: {error}") from error
         command = Command(
             JOB, ("--config-name", train.config, *overrides), folder / "model", ranks=train.ranks
         )
-        settings = {"config": train.config, "reference": self.config.reference, **by_key(given)}
+        settings = {"reference": self.config.reference} | {
+            key: value for key, value in asked.items() if key not in (*places, *_PLACES)
+        }
         if reference or start is None:
             settings["the model"] = self.first
         needs = (score, held_out, *((start,) if start else ()))
@@ -235,10 +240,12 @@ def _settings(options: dict[str, Any]) -> dict[str, str]:
     return {name: str(value) for name, value in names.items() if name not in _RESOURCES}
 
 
-def _check_job(name: str, overrides: Sequence[str]) -> None:
+def _job_settings(name: str, overrides: Sequence[str]) -> dict[str, str]:
+    """What the main job is asked for, by its YAML and these overrides, which are checked."""
     config = compose_config(ROOT / "conf" / f"{name}.yaml", overrides)
     objectives.settle(
         objectives.get(config.model.mpo.objective),
         config.model.mpo.hyper_parameters,
         [f.name for f in fields(MpoConfig)],
     )
+    return changed(config)

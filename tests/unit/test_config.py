@@ -8,7 +8,7 @@ import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from mpo_megatron.config import Config, as_yaml, check_overrides, parse
+from mpo_megatron.config import Config, as_yaml, changed, check_overrides, parse
 from mpo_megatron.errors import ConfigError
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -195,6 +195,21 @@ def test_hyper_parameters_stand_beside_the_keys_of_the_section() -> None:
     again = OmegaConf.create(yaml.safe_load(yaml.safe_dump(written)))
     assert isinstance(again, DictConfig)
     assert parse(again) == config
+
+
+def test_what_a_configuration_changes_is_the_same_however_it_is_said() -> None:
+    given = ["model.restore_from_path=x", "model.data.train=y", "trainer.max_steps=3", "model.mpo.beta=0.2"]
+    found = changed(parse(raw(*given)))
+    assert (found["trainer.max_steps"], found["model.mpo.beta"]) == ("3", "0.2")
+    yaml = raw(*given[:2])
+    OmegaConf.update(yaml, "trainer.max_steps", 3, force_add=True)
+    OmegaConf.update(yaml, "model.mpo.beta", 0.2, force_add=True)
+    assert changed(parse(yaml)) == found
+    # A default that is given is no change.
+    assert changed(parse(raw(*given, "trainer.log_val_groups=false"))) == found
+    assert set(changed(parse(raw(*given, "trainer.log_val_groups=true"))).items() ^ found.items()) == {
+        ("trainer.log_val_groups", "True")
+    }
 
 
 def test_every_field_of_the_schema_has_a_default_or_is_required() -> None:

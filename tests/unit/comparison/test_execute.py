@@ -46,7 +46,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run_of(folder: Path, *overrides: str) -> Run:
-    return Run("a", 1, overrides, folder / "a b" / "seed-1")
+    return Run("a", 1, overrides, folder / "a b" / "seed-1", dict(o.split("=") for o in overrides))
 
 
 def test_a_run_that_has_finished_is_kept(job: Path, tmp_path: Path) -> None:

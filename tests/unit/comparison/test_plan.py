@@ -14,8 +14,8 @@ from mpo_megatron.overrides import as_value
 from mpo_megatron.runtime.commands import ROOT
 
 EVERY = ROOT / "conf" / "compare" / "objectives.yaml"
-# Some folder that is there.
-MODEL = f"model.restore_from_path={ROOT}"
+# Some folder that is there, a small one.
+MODEL = f"model.restore_from_path={ROOT / 'conf'}"
 DPO = {"objective": "dpo", "beta": 0.2}
 
 
@@ -69,6 +69,31 @@ def test_all_members_at_the_first_seed_come_first(tmp_path: Path) -> None:
         read_comparison(write(tmp_path, {"a": DPO, "b": DPO})), ["b", "b"], Path("out"), [MODEL]
     )
     assert only.member == "b"
+
+
+def test_a_run_depends_on_what_its_files_hold(tmp_path: Path) -> None:
+    """And not on how its settings are said: a YAML that was edited, or data made anew, are other settings."""
+    model, data = tmp_path / "model", tmp_path / "train.jsonl"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    data.write_text("1\n")
+    path = write(tmp_path, {"a": DPO}, common={"trainer": {"max_steps": 5}})
+    more = [f"model.restore_from_path={model}", f"model.data.train={data}"]
+
+    def settings(*overrides: str) -> dict[str, str]:
+        (run,) = plan_runs(read_comparison(path), None, Path("out"), [*more, *overrides])
+        return run.settings
+
+    first = settings()
+    assert settings("trainer.max_steps=5", "trainer.num_nodes=1") == first
+    assert first["trainer.seed"] == "1"
+    assert set(settings("trainer.max_steps=6").items() ^ first.items()) == {
+        ("trainer.max_steps", "5"), ("trainer.max_steps", "6"),
+    }  # fmt: skip
+    for file in (data, model / "config.json"):
+        before, _ = settings(), file.write_text("22\n")
+        (key,) = {key for key, value in settings().items() if before[key] != value}
+        assert key == f"what {'model.data.train' if file == data else 'model.restore_from_path'} holds"
 
 
 def test_a_mapping_gives_all_hyper_parameters_of_its_objective(tmp_path: Path) -> None:
@@ -236,12 +261,12 @@ def test_the_lines_of_a_sweep() -> None:
 
 
 def test_members_of_several_models_are_not_sampled(tmp_path: Path) -> None:
-    members = {"a": DPO, "b": {**DPO, "model.restore_from_path": str(ROOT / "conf")}}
+    members = {"a": DPO, "b": {**DPO, "model.restore_from_path": str(ROOT / "docs")}}
     path = write(tmp_path, members, samples={"generate": {"prompts": "p.jsonl"}}, common=[MODEL])
     with pytest.raises(UserError, match="members begin at 2 models; with `samples` they begin at one"):
         plan_runs(read_comparison(path), None, Path("out"), [])
     (run,) = plan_runs(read_comparison(path), ["b"], Path("out"), [])
-    assert (run.start, run.keeps_model) == (ROOT / "conf", True)
+    assert (run.start, run.keeps_model) == (ROOT / "docs", True)
     (run,) = plan_runs(read_comparison(path), ["b"], Path("out"), ['model.export_path=""'])
     assert not run.keeps_model
 

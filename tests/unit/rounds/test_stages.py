@@ -6,7 +6,6 @@ import pytest
 
 from mpo_megatron.config.groups import compose_config
 from mpo_megatron.errors import UserError
-from mpo_megatron.overrides import by_key
 from mpo_megatron.rounds.config import read_config
 from mpo_megatron.rounds.stages import Round, Stage, plan_rounds
 from mpo_megatron.runtime.commands import ROOT
@@ -34,7 +33,7 @@ def options(stage: Stage, which: int = 0) -> dict[str, str]:
 
 
 def overrides(stage: Stage) -> dict[str, str]:
-    return by_key(stage.commands[0].arguments[2:])
+    return dict(argument.split("=", 1) for argument in stage.commands[0].arguments[2:])
 
 
 def test_each_round_goes_on_from_the_last_one(tmp_path: Path) -> None:
@@ -73,7 +72,7 @@ def test_the_first_policy_as_the_reference_of_all(tmp_path: Path) -> None:
 
 
 def test_what_a_stage_depends_on(tmp_path: Path) -> None:
-    """Not on processes or batch sizes; on the prompts, the first policy's files, options and overrides."""
+    """Not on processes or batch sizes; on the prompts, the first policy's files, options and all keys of the job."""
 
     def settings(*more: str, prompts: int = 1) -> dict[str, dict[str, str]]:
         return {
@@ -93,6 +92,7 @@ def test_what_a_stage_depends_on(tmp_path: Path) -> None:
         (["train.overrides.model.mpo.beta=0.5"], {"train"}),
         (["log_probs.dtype=float64"], {"log-probs"}),
         (["reference=first"], {"train"}),
+        (["train.config=qwen2_5_7b"], {"train"}),
     ):
         now = settings(*more)
         assert {name.partition("/")[2] for name in first if first[name] != now[name]} == changed
