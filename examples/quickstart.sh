@@ -106,7 +106,8 @@ else
     threads=$(($(getconf _NPROCESSORS_ONLN) / ranks))
     training=(
         env OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
-        "$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" examples/mpo_gpt.py
+        "$python" -m torch.distributed.run --standalone --local-addr 127.0.0.1
+        --nproc-per-node "$ranks" examples/mpo_gpt.py
         model.restore_from_path="$model"
         model.data.cache_dir="$work/cache"
         exp_manager.explicit_log_dir="$experiment"

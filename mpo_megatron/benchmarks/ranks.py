@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 from mpo_megatron.errors import UserError
+from mpo_megatron.runtime.commands import torchrun
 
 
 def on_ranks(count: int, module: str, function: str, *arguments: Any) -> list[Any]:
@@ -23,8 +24,14 @@ def on_ranks(count: int, module: str, function: str, *arguments: Any) -> list[An
     Raises:
         UserError: a rank has failed.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    command += ["-m", "mpo_megatron.benchmarks.ranks", module, function, json.dumps(arguments)]
+    command = [
+        *torchrun(count),
+        "-m",
+        "mpo_megatron.benchmarks.ranks",
+        module,
+        function,
+        json.dumps(arguments),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"the ranks ended with status {done.returncode}: {done.stderr.strip()[-2000:]}")

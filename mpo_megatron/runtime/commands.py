@@ -17,8 +17,13 @@ _PR_SET_PDEATHSIG = 1  # of Linux
 
 
 def torchrun(ranks: int) -> list[str]:
-    """The beginning of a command that runs a program in so many ranks on this machine."""
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    """The beginning of a command that runs a program in so many ranks on this machine.
+
+    They meet at the loopback address: by default at the machine's own name, which a container may not know, and then
+    wait for it without end.
+    """
+    here = ["--standalone", "--local-addr", "127.0.0.1"]
+    return [sys.executable, "-m", "torch.distributed.run", *here, "--nproc-per-node", str(ranks)]
 
 
 def run_to_end(

@@ -1,6 +1,7 @@
 """Commands as sub-processes: what ends them, what they hold, and what they said when they failed."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mpo_megatron.runtime.commands import ROOT, run_to_end, what_failed
+from mpo_megatron.runtime.commands import ROOT, run_to_end, torchrun, what_failed
 
 # A program that starts another one and waits for it.
 PARENT = """
@@ -91,3 +92,25 @@ def test_the_sentence_of_a_failure() -> None:
     usage = "usage: generate.py [-h]\ngenerate.py: error: unrecognized arguments: --topp 1\n"
     assert what_failed(usage, 2) == "unrecognized arguments: --topp 1"
     assert what_failed("usage: score.py\nscore.py: error: --scorer: no\n", 2) == "--scorer: no"
+
+
+def test_ranks_meet_where_the_machine_does_not_know_its_own_name(tmp_path: Path) -> None:
+    """As a container may have it; by default torchrun's agent then waits for itself without end."""
+    hosts, rank = tmp_path / "hosts", tmp_path / "rank.py"
+    hosts.write_text("127.0.0.1 localhost\n")
+    rank.write_text(
+        "import torch.distributed as dist\n"
+        "dist.init_process_group('gloo')\n"
+        "dist.barrier()\n"
+        "print('rank', dist.get_rank(), 'of', dist.get_world_size(), flush=True)\n"
+    )
+    nameless = f"mount --bind {hosts} /etc/hosts && hostname nowhere && ! getent hosts nowhere && "
+    isolated = ["unshare", "--user", "--map-root-user", "--mount", "--uts", "sh", "-c"]
+    if subprocess.run([*isolated, f"{nameless} true"], capture_output=True, check=False).returncode:
+        pytest.skip("no namespaces of users, mounts and names here")
+    command = shlex.join([*torchrun(2), str(rank)])
+    done = subprocess.run(
+        [*isolated, nameless + command], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == ["rank 0 of 2", "rank 1 of 2"]
