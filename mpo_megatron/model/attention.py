@@ -34,6 +34,7 @@ from mpo_megatron.errors import ConfigError
 from mpo_megatron.model.context_keys import ContextKeys, gather_row
 from mpo_megatron.model.copies import Copies, Make
 from mpo_megatron.model.elementwise import rotate
+from mpo_megatron.model.half_attention import half_attention, has_half_attention
 from mpo_megatron.model.segments import RowParams
 from mpo_megatron.ragged.reads import Reads, read
 from mpo_megatron.runtime import capabilities, choices
@@ -60,7 +61,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, params: RowParams, scale: float | None
         return (q * 0 + (k.sum() + v.sum()) * 0).flatten(1)
     copies = Copies()
     kept = copies.keep(k), copies.keep(v)
-    gqa = q.size(1) != k.size(1)
+    gqa, half = q.size(1) != k.size(1), has_half_attention(q, k)
     lengths = [segment.queries.length for segment in segments]
     queries = q.split([*lengths, len(q) - sum(lengths)])
     parts = [_split(t, params.pieces) for t in (k, v)]
@@ -73,15 +74,18 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, params: RowParams, scale: float | None
                 for pieces, whole in zip(parts, kept, strict=True)
             )  # fmt: skip
             mask = params.mask(segment, q.dtype)
-            out = F.scaled_dot_product_attention(
-                _heads_first(own),
-                keys,
-                values,
-                attn_mask=mask,
-                is_causal=mask is None,
-                scale=scale,
-                enable_gqa=gqa,
-            )
+            if half:
+                out = half_attention(_heads_first(own), keys, values, mask, scale)
+            else:
+                out = F.scaled_dot_product_attention(
+                    _heads_first(own),
+                    keys,
+                    values,
+                    attn_mask=mask,
+                    is_causal=mask is None,
+                    scale=scale,
+                    enable_gqa=gqa,
+                )
             outputs.append(out[0].transpose(0, 1))
     return torch.cat([*outputs, queries[-1] * 0]).flatten(1)
 

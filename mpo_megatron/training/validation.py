@@ -64,7 +64,7 @@ def path_of(folder: Path, step: int) -> Path:
 def drop_after(folder: Path, step: int) -> None:
     """Remove what validations after `step` have written: a run that goes on there may end before they come again."""
     for path in (folder / FOLDER).glob("step_*.jsonl"):
-        if path > path_of(folder, step) or step < 0:
+        if int(path.stem.removeprefix("step_")) > step:
             path.unlink()
 
 

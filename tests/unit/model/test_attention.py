@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mpo_megatron.data import TokenizedGroup
 from mpo_megatron.errors import ConfigError
+from mpo_megatron.model import attention
 from mpo_megatron.model.attention import Backend, choose_backend, make_backend, sdpa, varlen
 from mpo_megatron.model.copies import Copies
 from mpo_megatron.model.segments import RowParams
@@ -85,6 +86,35 @@ def test_scores_are_scaled_as_the_config_says() -> None:
         torch.testing.assert_close(out, wanted, rtol=1e-10, atol=1e-12)
 
 
+def test_bf16_on_cpus_has_torchs_outputs_and_closer_gradients() -> None:
+    row = params()
+    rounded = [tensor.detach().bfloat16() for tensor in inputs(TOKENS)]
+    exact, ours, torchs = (
+        [tensor.to(dtype, copy=True).requires_grad_() for tensor in rounded]
+        for dtype in (torch.float64, torch.bfloat16, torch.bfloat16)
+    )
+    weights = torch.randn(row.row.used_tokens, HEADS * SIZE).bfloat16()
+    outputs = []
+    for (q, k, v), is_ours in ((exact, False), (ours, True), (torchs, False)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention, "has_half_attention", lambda *_, is_ours=is_ours: is_ours)
+            out = sdpa(q, k, v, row)[: row.row.used_tokens]
+        (out * weights.to(out.dtype)).sum().backward()
+        outputs.append(out.detach())
+    assert torch.equal(outputs[1], outputs[2])
+    with torch.no_grad():
+        assert torch.equal(sdpa(ours[0], ours[1], ours[2], row)[: row.row.used_tokens], outputs[1])
+    for best, mine, other in zip(exact, ours, torchs, strict=True):
+        assert best.grad is not None
+        errors = [
+            float((side.grad.double() - best.grad).norm() / best.grad.norm())
+            for side in (mine, other)
+            if side.grad is not None
+        ]
+        assert errors[0] < 4e-3
+        assert errors[0] < 1.1 * errors[1]
+
+
 @BACKENDS
 @pytest.mark.parametrize("size", [2, 4, 5])
 def test_context_parallel_ranks_compute_their_parts(backend: Backend, size: int) -> None:
@@ -102,9 +132,10 @@ def test_context_parallel_ranks_compute_their_parts(backend: Backend, size: int)
     assert torch.cat(places).sort().values.tolist() == list(range(len(whole)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("responses", [4, 16])
 @pytest.mark.parametrize("name", ["sdpa", "varlen"])
-def test_keys_are_kept_once(name: str, responses: int) -> None:
+def test_keys_are_kept_once(name: str, responses: int, dtype: torch.dtype) -> None:
     """However many responses read a prompt's: queries, keys and values, outputs, normalisers, and masks of sdpa."""
     backend = sdpa if name == "sdpa" else varlen(flash.kernel)
     length = 64
@@ -113,11 +144,11 @@ def test_keys_are_kept_once(name: str, responses: int) -> None:
     scores = np.arange(float(responses))
     group = TokenizedGroup("a", ids, [ids] * responses, scores, scores > scores.mean())
     row = RowParams(pack_row([group], [range(responses)], row_tokens=tokens, shared_prompt=True))
-    q, k, v = inputs(tokens)
+    q, k, v = (tensor.to(dtype) for tensor in inputs(tokens))
     with saved_bytes([row.row.tokens]) as counter:
         out = backend(q * 1, k * 1, v * 1, row)
-    inputs_and_output = tokens * SIZE * (2 * HEADS + 2 * KV_HEADS) * 8
-    mask = 2 * length * length * 8 if name == "sdpa" else 0
+    inputs_and_output = tokens * SIZE * (2 * HEADS + 2 * KV_HEADS) * dtype.itemsize
+    mask = 2 * length * length * dtype.itemsize if name == "sdpa" else 0
     assert inputs_and_output < counter.peak <= inputs_and_output + tokens * HEADS * 8 + mask
     out.sum().backward()
     assert counter.live == 0
