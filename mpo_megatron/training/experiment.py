@@ -76,7 +76,6 @@ def start_experiment(config: Config) -> Experiment:
     section = {**config.exp_manager, **_OURS}
     resumes = bool(config.exp_manager.get("resume_if_exists"))
     fixed = experiment_folder(config)
-    previous = ""
     if fixed is not None:
         section = {**section, "explicit_log_dir": str(fixed), "exp_dir": None, "version": None}
         if not resumes and any((fixed / CHECKPOINTS).glob("*")):
@@ -84,20 +83,38 @@ def start_experiment(config: Config) -> Experiment:
                 f"{fixed} holds the checkpoints of an earlier run; set exp_manager.resume_if_exists=true to go on with "
                 "it, or choose another folder"
             )
-        if resumes and (fixed / METRICS_FILE).is_file():
-            previous = (fixed / METRICS_FILE).read_text(encoding="utf-8")
     with _quiet():
         trainer = Trainer(
             accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False
         )
         try:
-            folder = exp_manager(trainer, OmegaConf.create(section))
+            with _left_alone(fixed / METRICS_FILE if resumes and fixed is not None else None):
+                folder = exp_manager(trainer, OmegaConf.create(section))
         except Exception as error:
             raise ConfigError(f"exp_manager: {' '.join(str(error).split())}") from error
     assert folder is not None
-    if previous:  # exp_manager puts an earlier start's files aside, into run_N
-        (Path(folder) / METRICS_FILE).write_text(previous, encoding="utf-8")
     return Experiment(Path(folder), [logger for logger in trainer.loggers if logger is not None])
+
+
+@contextmanager
+def _left_alone(path: Path | None) -> Iterator[None]:
+    """A block that takes the file for absent: exp_manager moves an earlier start's files into run_N, and folders not.
+
+    It is nowhere else at any moment, so that a start that is killed within leaves it for the next one.
+    """
+    if path is None:
+        yield
+        return
+    aside = path.parent / ".start" / path.name
+    if path.is_file():
+        aside.parent.mkdir(exist_ok=True)
+        path.replace(aside)
+    try:
+        yield
+    finally:
+        if aside.is_file():
+            aside.replace(path)
+            aside.parent.rmdir()
 
 
 @contextmanager

@@ -1,11 +1,15 @@
 """metrics.jsonl: what a killed or refused write leaves of it."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
+from nemo.utils import exp_manager
 
+from mpo_megatron.config import Config
 from mpo_megatron.errors import CheckpointError
+from mpo_megatron.training.experiment import start_experiment
 from mpo_megatron.training.metrics_file import MetricsFile
 
 
@@ -64,3 +68,34 @@ def test_a_write_that_stops_in_the_middle_is_taken_back(
     lines.append(line(2))
     assert lines.read() == [line(1), line(2)]
     lines.close()
+
+
+def test_a_start_that_is_killed_in_exp_manager_leaves_the_lines_of_earlier_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It moves an earlier start's files away and then works on: the start is killed once it has."""
+    lines = [line(step) for step in (1, 2, 3)]
+    earlier = MetricsFile(tmp_path / "metrics.jsonl")
+    for each in lines:
+        earlier.append(each)
+    earlier.close()
+    (tmp_path / "cmd-args.log").touch()
+    section = {
+        "explicit_log_dir": str(tmp_path),
+        "resume_if_exists": True,
+        "create_tensorboard_logger": False,
+    }
+    for kills in range(2):
+        pid = os.fork()
+        if not pid:
+            monkeypatch.setattr(exp_manager, "get_git_hash", lambda: os.kill(os.getpid(), signal.SIGKILL))
+            start_experiment(Config(exp_manager=section))
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        assert (tmp_path / f"run_{kills}" / "cmd-args.log").is_file()
+    experiment = start_experiment(Config(exp_manager=section))
+    assert experiment.history() == lines
+    experiment.log(4, "train", {"loss": 0.5})
+    experiment.close()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
+    assert not list(tmp_path.rglob(".start"))
