@@ -1,6 +1,8 @@
 """The main job under real torchrun agents, each as a node of its own would have one, on this machine."""
 
+import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -34,11 +36,14 @@ class Ended:
 
 
 def free_port() -> int:
-    """A port that nothing listens on now."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port: int = taken.getsockname()[1]
-        return port
+    """A port that nothing listens on now, and that no connection of another process takes before it is listened on:
+    those are from 32768 up (net.ipv4.ip_local_port_range).
+    """
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_768)
+        with socket.socket() as taken, contextlib.suppress(OSError):
+            taken.bind(("127.0.0.1", port))
+            return port
 
 
 def torchrun(nodes: int, node: int, ranks: int, port: int, *, c10d: bool = False) -> list[str]:
