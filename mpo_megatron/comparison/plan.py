@@ -94,7 +94,7 @@ class Run:
     seed: int
     overrides: tuple[str, ...]
     folder: Path
-    settings: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, str] = field(default_factory=dict, hash=False)
     start: Path = Path()
     keeps_model: bool = False
 
