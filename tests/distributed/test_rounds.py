@@ -167,7 +167,7 @@ def test_what_is_done_is_kept_and_nothing_else_goes_under_its_name(
     refused = start(warm_python, file, output, "train.overrides.model.mpo.beta=0.3")
     said, _ = refused.communicate(timeout=LIMIT)
     assert refused.returncode == 1
-    assert "round-1/train was made with no model.mpo.beta, and now it is model.mpo.beta=0.3: give" in said
+    assert "round-1/train was made with model.mpo.beta=0.1, and now it is model.mpo.beta=0.3: give" in said
     assert records(output) == before
 
 
@@ -197,7 +197,7 @@ def test_killed_in_every_stage(
         process.send_signal(signal.SIGTERM if name.endswith("1/held-out") else signal.SIGKILL)
         printed, _ = process.communicate(timeout=LIMIT)
         if name.endswith("1/held-out"):
-            assert process.returncode == 130
+            assert process.returncode == 130, printed
             assert printed.endswith("\nstopped; the same command goes on from here\n")
         if not records(output)[name]["made"]:
             killed.append(name)
