@@ -11,7 +11,6 @@ comparison.md, and with DIR/comparison.png; a sweep has a picture for each of it
 
 import argparse
 import re
-import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +30,7 @@ from mpo_megatron.comparison.samples import LOG as SAMPLES_LOG
 from mpo_megatron.comparison.samples import START, Samples, discard, is_sampled, sample
 from mpo_megatron.comparison.sweep import lines_of
 from mpo_megatron.errors import UserError
+from mpo_megatron.runtime.commands import interrupt_on_signals
 
 
 @dataclass
@@ -233,7 +233,5 @@ def compare(comparison: Comparison, members: Sequence[str], found: Found) -> lis
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
-            signal.signal(number, signal.default_int_handler)  # the run that is under way ends, too
+    interrupt_on_signals()
     sys.exit(main())

@@ -9,7 +9,6 @@ again, after an end of any kind, the command goes on with the first stage that i
 
 import argparse
 import runpy
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from mpo_megatron.rounds.execute import execute
 from mpo_megatron.rounds.figures import Line
 from mpo_megatron.rounds.prompts import split_prompts, write_prompts
 from mpo_megatron.rounds.stages import JOB, Command, Round, Stage, plan_rounds, prompts_file
+from mpo_megatron.runtime.commands import interrupt_on_signals
 
 # Held-out prompts in samples.md.
 EXAMPLES = 9
@@ -163,7 +163,5 @@ def write_report(config: RoundsConfig, rounds: Sequence[Round], output: Path) ->
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
-            signal.signal(number, signal.default_int_handler)  # the stage that is under way ends, too
+    interrupt_on_signals()
     sys.exit(main())

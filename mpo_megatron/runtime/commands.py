@@ -16,6 +16,26 @@ _END_SECONDS = 45.0
 _PR_SET_PDEATHSIG = 1  # of Linux
 
 
+_interrupted = False
+
+
+def interrupt_on_signals() -> None:
+    """Have SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt from now on, but those that are ignored, as under nohup.
+
+    Of one that comes while a command is forked Python prints what its handler raises, and goes on: `run_to_end` then
+    raises it.
+    """
+
+    def interrupt(number: int, frame: Any) -> None:
+        global _interrupted
+        _interrupted = True
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
+
+
 def torchrun(ranks: int) -> list[str]:
     """The beginning of a command that runs a program in so many ranks on this machine.
 
@@ -66,6 +86,8 @@ def run_to_end(
     )
     before = {number: signal.signal(number, lambda got, _: process.send_signal(got)) for number in passes}
     try:
+        if _interrupted:
+            raise KeyboardInterrupt
         return process.wait()
     except BaseException:
         process.terminate()

@@ -114,3 +114,19 @@ def test_ranks_meet_where_the_machine_does_not_know_its_own_name(tmp_path: Path)
     )
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.splitlines()) == ["rank 0 of 2", "rank 1 of 2"]
+
+
+def test_a_signal_while_a_command_is_forked_ends_it(tmp_path: Path) -> None:
+    """Python prints what is raised in a hook of fork, as by a handler that runs there, and goes on."""
+    program = (
+        "import os, signal, sys\n"
+        "from mpo_megatron.runtime.commands import interrupt_on_signals, run_to_end\n"
+        "interrupt_on_signals()\n"
+        "os.register_at_fork(after_in_parent=lambda: signal.raise_signal(signal.SIGTERM))\n"
+        "run_to_end([sys.executable, '-c', 'import time; time.sleep(600)'], sys.stderr.buffer)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False, cwd=ROOT
+    )
+    assert done.returncode == -signal.SIGINT  # of a KeyboardInterrupt that nobody catches
+    assert done.stderr.rstrip().endswith("KeyboardInterrupt")
