@@ -53,14 +53,15 @@ def changed(config: Config) -> dict[str, str]:
     """The keys whose values are not the schema's defaults, by their paths: what tells one configuration from another,
     whether a YAML or a command line says it.
     """
-    defaults = dict(_leaves(as_yaml(Config())))
-    return {key: str(value) for key, value in _leaves(as_yaml(config)) if defaults.get(key) != value}
+    defaults = dict(leaves(as_yaml(Config())))
+    return {key: str(value) for key, value in leaves(as_yaml(config)) if defaults.get(key) != value}
 
 
-def _leaves(section: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(section: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """The keys of nested sections by their paths, with their values."""
     for key, value in section.items():
         if isinstance(value, dict):
-            yield from _leaves(value, f"{path}{key}.")
+            yield from leaves(value, f"{path}{key}.")
         else:
             yield f"{path}{key}", value
 

@@ -8,7 +8,6 @@ import hashlib
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 import mpo_megatron
-from mpo_megatron.config import Config, as_yaml
+from mpo_megatron.config import Config, as_yaml, leaves
 from mpo_megatron.errors import ConfigError
 from mpo_megatron.runtime.parallel import ParallelLayout, raising_together
 from mpo_megatron.runtime.publish import cannot_write
@@ -48,7 +47,7 @@ def check_same_job(config: Config, layout: ParallelLayout) -> None:
         "mpo_megatron": mpo_megatron.__version__,
         "megatron-core": version("megatron-core"),
         "torch": torch.__version__,
-        **{key: "a path" if key in _PATHS and value else value for key, value in _flat(as_yaml(config))},
+        **{key: "a path" if key in _PATHS and value else value for key, value in leaves(as_yaml(config))},
     }
     _check_same(
         "the ranks do not run the same job",
@@ -132,14 +131,6 @@ def _ends(file: Path) -> str:
     except OSError as error:
         return f"unreadable ({error.strerror})"
     return f"{size} bytes, digest {digest.hexdigest()[:8]}"
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _check_same(
