@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -128,13 +129,16 @@ _process: _Process | None = None
 def _begin(folder: Path, start: StartWorker) -> None:
     global _process
     _process = _Process(folder, start)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A process whose parent was killed would go on, and write beside the run that takes its place."""
     parent = multiprocessing.parent_process()
     assert parent is not None
+    # Killed while this process was still starting: the thread alone might see it after the first batch is begun.
+    if not parent.is_alive():
+        os._exit(1)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: BaseProcess) -> None:
+    """A process whose parent was killed would go on, and write beside the run that takes its place."""
     parent.join()
     os._exit(1)
 

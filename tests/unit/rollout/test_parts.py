@@ -1,12 +1,13 @@
 """A run that is killed goes on where it stopped, and never with other settings."""
 
+import contextlib
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -234,6 +235,13 @@ def start(number):
         return [record["id"] * 3 for record in batch], len(batch)
     return worker
 
+if __name__ == "__mp_main__" and os.environ.get("MPO_TEST_ORPHANS"):
+    # A process of the pool that is only ready when the one that started it has been killed.
+    parent = os.getppid()
+    (folder / f"starting-{os.getpid()}").touch()
+    while os.getppid() == parent:
+        time.sleep(0.005)
+
 if __name__ == "__main__":
     output = folder / "out.jsonl"
     with begin(output, {}, {record["id"]: "" for record in records}) as parts:
@@ -259,42 +267,55 @@ def kept(folder: Path) -> set[str]:
     }
 
 
-def runs(pid: str) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+def running(folder: Path) -> list[str]:
+    """Processes that were started for `folder` and have not ended, by their environment."""
+    mark, found = f"MPO_TEST_FOLDER={folder}".encode(), []
+    for place in Path("/proc").glob("[0-9]*"):
+        # A process that ends meanwhile has no files, and one that has ended has no environment.
+        with contextlib.suppress(OSError):
+            if mark in (place / "environ").read_bytes().split(b"\0"):
+                found.append(place.name)
+    return found
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def wait_for_lines(folder: Path, lines: int) -> None:
+    wait_until(lambda: len(log(folder)) >= lines)
+
+
+def start_program(folder: Path, processes: int, **environment: str) -> "subprocess.Popen[bytes]":
+    program = folder / "program.py"
+    program.write_text(PROGRAM)
+    return subprocess.Popen(
+        [sys.executable, str(program), str(folder), str(processes)], stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "MPO_TEST_FOLDER": str(folder), **environment},
+    )  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_at_any_moment_it_repeats_nothing_that_was_finished(tmp_path, processes):
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
-    command = [sys.executable, str(program), str(tmp_path), str(processes)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     moments = random.Random(processes)
     for _ in range(3):
         finished, begun_before = kept(tmp_path), len(log(tmp_path))
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-        wanted = begun_before + moments.randint(3, 14)
-        end = time.monotonic() + 120
-        while len(log(tmp_path)) < wanted and time.monotonic() < end:
-            assert process.poll() is None
-            time.sleep(0.005)
+        process = start_program(tmp_path, processes)
+        wait_for_lines(tmp_path, begun_before + moments.randint(3, 14))
+        assert process.poll() is None
         time.sleep(moments.random() * 0.03)
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.communicate()
-        taken = log(tmp_path)[begun_before:]
-        assert not finished & {name for name, _ in taken}
         # Processes of a pool end with the one that started them.
-        end = time.monotonic() + 30
-        while any(runs(pid) for _, pid in taken) and time.monotonic() < end:
-            time.sleep(0.01)
-        assert not any(runs(pid) for _, pid in taken)
+        wait_until(lambda: not running(tmp_path), seconds=30)
+        assert not finished & {name for name, _ in log(tmp_path)[begun_before:]}
     finished, begun_before = kept(tmp_path), len(log(tmp_path))
     assert 6 <= len(finished) < 60
-    subprocess.run(command, env=environment, check=True, timeout=120, stderr=subprocess.PIPE)
+    assert start_program(tmp_path, processes).wait(timeout=120) == 0
     taken = log(tmp_path)[begun_before:]
     assert {name for name, _ in taken} == {f"r{number}" for number in range(60)} - finished
     assert len({pid for _, pid in taken}) <= processes
@@ -302,3 +323,13 @@ def test_killed_at_any_moment_it_repeats_nothing_that_was_finished(tmp_path, pro
         {"id": f"r{number}", "value": f"r{number}" * 3} for number in range(60)
     ]
     assert sorted(os.listdir(tmp_path)) == ["log", "out.jsonl", "program.py"]
+
+
+@pytest.mark.slow
+def test_killed_while_its_processes_start_none_of_them_begins(tmp_path):
+    process = start_program(tmp_path, 4, MPO_TEST_ORPHANS="1")
+    wait_until(lambda: len(list(tmp_path.glob("starting-*"))) == 4)
+    process.kill()
+    process.communicate()
+    wait_until(lambda: not running(tmp_path), seconds=30)
+    assert log(tmp_path) == []
