@@ -42,6 +42,9 @@ def test_they_are_torchs(dtype: torch.dtype, tolerance: float) -> None:
         (lambda x, w: normalize(x, w, 1e-3), norm(12), [torch.randn(5, 1, 12), torch.randn(12)]),
         (lambda x, w: normalize(x, w, 1e-3), norm(4), [torch.randn(5, 1, 3, 4), torch.randn(4)]),
         (gate, lambda x: F.silu(x[..., :6]) * x[..., 6:], [torch.randn(5, 1, 12)]),
+        (gate, lambda x: F.silu(x[..., :6]) * x[..., 6:], [torch.randn(0, 1, 12)]),
+        # More than is gone through at a time.
+        (gate, lambda x: F.silu(x[..., :200]) * x[..., 200:], [torch.randn(1700, 1, 400)]),
         (
             lambda x: rotate(x, angles.cos(), angles.sin()),
             lambda x: _turned(x, angles.cos(), angles.sin()),
