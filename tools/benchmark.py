@@ -7,17 +7,19 @@
 
 Each prints a table and, last, one line of JSON. Time is processor time of the process, or where there is a GPU the time
 in which it works (--accelerator), medians over repeats, with both sides in one run. `all` runs one after the other and
-writes the tables to a Markdown file, into the place that it keeps for them if it has one (README.md).
+writes the tables to a Markdown file, into the place that it keeps for them if it has one, and a picture beside it.
 """
 
 import argparse
 import importlib
+import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from mpo_megatron.benchmarks.report import Report, machine, show, to_markdown
+from mpo_megatron.benchmarks.picture import draw
+from mpo_megatron.benchmarks.report import Report, machine, show, to_json, to_markdown
 from mpo_megatron.errors import UserError
 from mpo_megatron.runtime.quiet import quiet_third_parties
 
@@ -35,6 +37,8 @@ BENCHMARKS = {
     "checkpoint": "memory of writing and reading a run's checkpoints, by form",
     "generate": "tokens per second of samples in a batch against one sequence at a time",
 }
+# What else belongs to a benchmark that is not to be quick.
+_WHOLE = {"shared-prompt": ["--ranks"]}
 MARKER = "<!-- benchmarks -->"
 
 
@@ -48,6 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     common.add_argument("--repeats", type=int, default=5, help="timed repeats or steps (5)")
     common.add_argument("--threads", type=int, help="torch threads (2 for trl, 1 for the others)")
     common.add_argument("--markdown", type=Path, help="also append the table to this file")
+    common.add_argument("--json", type=Path, help="also append the line of JSON to this file")
     chosen = (sys.argv[1:] if arguments is None else arguments)[:1]
     for name, text in BENCHMARKS.items():
         parser = choices.add_parser(name, help=text, parents=[common])
@@ -68,9 +73,10 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if parsed.markdown:
-        with parsed.markdown.open("a", encoding="utf-8") as file:
-            file.write(to_markdown(report) + "\n")
+    for path, text in ((parsed.markdown, to_markdown(report)), (parsed.json, to_json(report))):
+        if path is not None:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(text + "\n")
     show(report)
     return 0
 
@@ -83,18 +89,22 @@ def _run_all(parsed: argparse.Namespace) -> int:
     """Each benchmark in a process of its own; one that fails does not lose the others."""
     failed = []
     with tempfile.TemporaryDirectory() as folder:
-        tables = Path(folder) / "tables.md"
+        tables, lines = Path(folder) / "tables.md", Path(folder) / "lines.jsonl"
+        lines.touch()
         facts = ", ".join(f"{name} {value}" for name, value in machine().items())
         tables.write_text(f"Made by `tools/benchmark.py all`: {facts}.\n\n", encoding="utf-8")
         for name in BENCHMARKS:
-            more = ["--quick"] if parsed.quick else []
+            more = ["--quick"] if parsed.quick else _WHOLE.get(name, [])
             more += ["--threads", str(parsed.threads)] if parsed.threads else []
             more += ["--model", parsed.model] if parsed.model and name in ("trl", "step", "generate") else []
             command = [sys.executable, __file__, name, "--repeats", str(parsed.repeats), *more]
             print(f"== {name}", flush=True)
-            if subprocess.run([*command, "--markdown", str(tables)], check=False).returncode:
+            kept = ["--markdown", str(tables), "--json", str(lines)]
+            if subprocess.run([*command, *kept], check=False).returncode:
                 failed.append(name)
         _write(parsed.output, tables.read_text(encoding="utf-8"))
+        found = map(json.loads, lines.read_text(encoding="utf-8").splitlines())
+        draw({one["benchmark"]: one for one in found}, parsed.output.with_suffix(".png"))
     if failed:
         print(f"error: {', '.join(failed)} failed; the others are in {parsed.output}", file=sys.stderr)
     return 1 if failed else 0

@@ -103,6 +103,7 @@ def run(arguments: argparse.Namespace) -> Report:
         rows=rows,
         figures=figures,
         settings={
+            "case": f"{cases[-1].n} x {cases[-1].v} x {cases[-1].h}",
             "chunk_size": chunk_size,
             "head": usable[0],
             "on": measured_on(device),

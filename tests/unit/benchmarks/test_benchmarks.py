@@ -15,6 +15,7 @@ from mpo_megatron.benchmarks import products, trl
 from mpo_megatron.benchmarks.measure import compare, peak_bytes, saved_bytes
 from mpo_megatron.benchmarks.models import small_config
 from mpo_megatron.benchmarks.parts import parts_of
+from mpo_megatron.benchmarks.picture import draw
 from mpo_megatron.benchmarks.report import Report, show, to_markdown
 from tests.helpers.warm import WarmPython
 
@@ -131,6 +132,28 @@ def test_the_line_of_json_is_last(capsys: pytest.CaptureFixture[str]) -> None:
     assert "| a | b |\n| --- | ---: |\n| x | 1 |" in to_markdown(report)
 
 
+def test_the_picture_has_what_was_measured(tmp_path: Path) -> None:
+    speedups = {
+        name: number
+        for number, name in enumerate(
+            ("speedup", "speedup_precomputed", "speedup_fast", "speedup_precomputed_fast"), 2
+        )
+    }
+    gains = {f"{name}_{n}": 1 + n / 16 for name in ("gain", "flop_ratio") for n in (2, 4, 8, 16)}
+    found: dict[str, dict[str, Any]] = {
+        "trl": {**speedups, "settings": {"responses": 4}},
+        "unshared": {**gains, "settings": {"prompt": 104, "response": 110}},
+        "plan": {"fill": 0.97},
+    }
+    wide, narrow = tmp_path / "both.png", tmp_path / "one.png"
+    assert draw(found, wide)
+    assert draw({"trl": found["trl"]}, narrow)
+    widths = [int.from_bytes(path.read_bytes()[16:20]) for path in (wide, narrow)]
+    assert widths[0] == 2 * widths[1] > 0
+    assert not draw({"plan": found["plan"]}, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Figures = Callable[..., dict[str, Any]]
 
@@ -165,10 +188,13 @@ def test_plan(figures: Figures) -> None:
 
 
 def test_head_keeps_what_is_allowed(figures: Figures, tmp_path: Path) -> None:
-    found = figures("head", "--quick", "--repeats", "1", "--markdown", str(tmp_path / "tables.md"))
+    table, line = tmp_path / "tables.md", tmp_path / "lines.jsonl"
+    found = figures("head", "--quick", "--repeats", "1", "--markdown", str(table), "--json", str(line))
     assert found["kept_bytes"] <= found["allowed_bytes"] < found["eager_kept_bytes"]
     assert found["peak_bytes"] < found["eager_peak_bytes"]
-    assert "| N x V x H |" in (tmp_path / "tables.md").read_text()
+    assert "| N x V x H |" in table.read_text()
+    assert json.loads(line.read_text()) == found
+    assert draw({"head": found}, tmp_path / "head.png")
 
 
 def test_two_pass_costs_only_what_is_split(figures: Figures) -> None:
