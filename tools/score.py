@@ -11,7 +11,6 @@ printed is JSON with the figures, for scripts. The score by constraints is that 
 """
 
 import argparse
-import hashlib
 import json
 import os
 import sys
@@ -29,6 +28,7 @@ from mpo_megatron.rollout.records import Record, read_groups
 from mpo_megatron.rollout.rewards import USABLE_SPREAD, Summary, summarise, summarise_by_type
 from mpo_megatron.rollout.scoring import (
     load_function,
+    source_digest,
     start_constraints,
     start_function,
     start_reward_model,
@@ -160,11 +160,10 @@ def scorer_of(args: argparse.Namespace) -> Iterator[Scorer]:
         with _judge(args) as scorer:
             yield scorer
     elif args.scorer == "function":
-        _, module = load_function(args.function)
-        source = Path(module.__file__).read_bytes() if module.__file__ else b""
+        load_function(args.function)  # before anything is written
         settings |= {
             "--function": args.function,
-            "the module of --function": hashlib.sha256(source).hexdigest()[:16],
+            "the module of --function": source_digest(args.function),
         }
         yield Scorer(partial(start_function, args.function), settings)
     elif args.scorer == "constraints":

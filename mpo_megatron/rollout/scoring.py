@@ -1,10 +1,12 @@
 """Scorers: from the groups of a batch to their scores, one list for each group."""
 
-import importlib
+import hashlib
+import importlib.util
 import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -69,6 +71,35 @@ def load_function(path: str) -> tuple[Callable[[Record], Any], ModuleType]:
 
     Modules of the working directory are found, too. Raises UserError if there is none.
     """
+    name, attribute = _module_and_name(path)
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise _no_module(path, error) from None
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise UserError(f"--function {path}: {module.__file__} has no function {attribute!r}")
+    return function, module
+
+
+def source_digest(path: str) -> str:
+    """A short digest of the file that has the function at a dotted path, which is not run for it.
+
+    Raises UserError if there is no such module.
+    """
+    name, _ = _module_and_name(path)
+    try:
+        found = importlib.util.find_spec(name)
+    except ImportError as error:
+        raise _no_module(path, error) from None
+    if found is None:
+        raise _no_module(path, f"No module named {name!r}")
+    source = Path(found.origin) if found.has_location and found.origin else None
+    return hashlib.sha256(source.read_bytes() if source is not None else b"").hexdigest()[:16]
+
+
+def _module_and_name(path: str) -> tuple[str, str]:
+    """The two parts of a dotted path; modules of the working directory can be imported from here on."""
     name, _, attribute = path.rpartition(".")
     if not name:
         raise UserError(
@@ -76,16 +107,13 @@ def load_function(path: str) -> tuple[Callable[[Record], Any], ModuleType]:
         )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(
-            f"--function {path}: {error}; its module must be in the working directory or on PYTHONPATH"
-        ) from None
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        raise UserError(f"--function {path}: {module.__file__} has no function {attribute!r}")
-    return function, module
+    return name, attribute
+
+
+def _no_module(path: str, problem: object) -> UserError:
+    return UserError(
+        f"--function {path}: {problem}; its module must be in the working directory or on PYTHONPATH"
+    )
 
 
 def _is_number(value: Any) -> bool:

@@ -22,6 +22,7 @@ from mpo_megatron.errors import ConfigError, UserError
 from mpo_megatron.overrides import as_value
 from mpo_megatron.rollout.parts import digest_of, digest_of_folder
 from mpo_megatron.rollout.records import Record
+from mpo_megatron.rollout.scoring import source_digest
 from mpo_megatron.rounds.config import RoundsConfig, arguments
 from mpo_megatron.runtime.commands import ROOT
 
@@ -96,9 +97,9 @@ def plan_rounds(
         prompts: of each round.
 
     Raises:
-        UserError: the first policy, or what scores, is no model, or overrides that the main job would not take.
+        UserError: the first policy, or what scores, is not there, or overrides that the main job would not take.
     """
-    scorer = config.score.get("model")
+    scorer, function = config.score.get("model"), config.score.get("function")
     for key, folder in (("model", config.model), ("score.model", scorer)):
         if folder is not None and not (Path(folder) / "config.json").is_file():
             raise UserError(f"{key}={folder} has no config.json; give a Hugging Face model's folder")
@@ -107,7 +108,10 @@ def plan_rounds(
         output,
         held_out=digest_of(list(held_out)),
         first=digest_of_folder(Path(config.model)),
-        scorer=digest_of_folder(Path(scorer)) if scorer else None,
+        scorer={
+            **({"the model in score.model": digest_of_folder(Path(scorer))} if scorer else {}),
+            **({"the module of score.function": source_digest(function)} if function else {}),
+        },
     )
     rounds = [Round(0, plan.measured(0, None))]
     for number in range(1, config.rounds + 1):
@@ -126,7 +130,7 @@ class _Plan:
     output: Path
     held_out: str  # digest of the held-out prompts
     first: str  # digest of the first policy
-    scorer: str | None  # digest of the model that scores
+    scorer: dict[str, str]  # digests of the model and the function that score
 
     def round(self, number: int, before: Round, prompts: str) -> Round:
         """A round after another one; `prompts`: their digest."""
@@ -173,9 +177,7 @@ class _Plan:
         output = folder / "groups.jsonl"
         given = ("--input", str(sample.outputs[0]), "--output", str(output), *arguments(self.config.score))
         command = Command(TOOLS / "score.py", given, output)
-        settings = _settings(self.config.score)
-        if self.scorer is not None:
-            settings["the model in score.model"] = self.scorer
+        settings = {**_settings(self.config.score), **self.scorer}
         return Stage(name, folder, (command,), settings, (sample,))
 
     def _train(self, number: int, score: Stage, held_out: Stage, start: Stage | None) -> Stage:

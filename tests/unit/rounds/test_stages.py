@@ -142,6 +142,12 @@ def test_the_papers_rounds(tmp_path: Path) -> None:
     [
         (["model=/no"], "model=/no has no config.json; give a Hugging Face model's folder"),
         (["score.model=/no"], "score.model=/no has no config.json"),
+        (
+            ["score.function=absent.score"],
+            "--function absent.score: No module named 'absent'; its module must be",
+        ),
+        (["score.function=absent.own.score"], "--function absent.own.score: No module named 'absent'"),
+        (["score.function=score"], "--function 'score' must be a module and a function in it"),
         (["train.config=lama"], "round 1: there is no lama.yaml in"),
         (["train.overrides.model.mpo.gamma=1"], "round 1: the objective wmpo does not use model.mpo.gamma=1"),
         (["train.overrides.trainer.max_step=1"], "round 1: unknown key trainer.max_step; did you mean"),
@@ -173,3 +179,19 @@ def test_what_a_tool_would_not_take_is_said_at_once(more: str, message: str, tmp
     with pytest.raises(UserError) as raised:
         check()
     assert message in str(raised.value)
+
+
+def test_scores_depend_on_the_source_of_the_function_that_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is read and not run: what it imports may take a GPU that the stages need."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    source = tmp_path / "rewards_of_rounds.py"
+    settings = []
+    for factor in (1, 1, 2):
+        source.write_text(f"raise SystemExit\ndef score(group): return [{factor}.0, 0.0]\n")
+        rounds = plan(tmp_path, SMOLLM2, "score.scorer=function", "score.function=rewards_of_rounds.score")
+        settings.append([one.stages["held-out-score"].settings for one in rounds])
+    assert settings[0] == settings[1] != settings[2]
+    assert settings[0][0].keys() == settings[2][0].keys()
