@@ -106,35 +106,23 @@ def prepare(config: Config) -> Setup:
         timeout_minutes=config.trainer.distributed_timeout_minutes,
     )
     check_same_job(config, layout)
-    models = {"model.restore_from_path": model.restore_from_path}
-    if model.mpo.reference_from_path is not None:
-        models["model.mpo.reference_from_path"] = model.mpo.reference_from_path
-    for key, path in models.items():
-        check_same_model(key, path, layout)
+    _check_models(config, layout)
     _check_devices(config, layout)
-    with raising_together(layout):
-        if layout.is_main:  # broken files are found before the data are tokenised
-            for path in models.values():
-                CheckpointReader(path) if is_checkpoint(path) else WeightReader(path)
 
-    train_data = _on_one_rank_per_node(partial(open_data, config, selection), model.data.train, layout)
-    per_epoch = steps_per_epoch(len(train_data), model.global_batch_size)
-    total = (
-        config.trainer.max_steps if config.trainer.max_steps != -1 else per_epoch * config.trainer.max_epochs
+    data = _on_one_rank_per_node(partial(open_data, config, selection), model.data.train, layout)
+    rows = partial(
+        _rows, config=config, architecture=architecture, layout=layout, entry=entry, fp8=options.fp8
     )
-    check_profile(config, layout, total)
-    seed, batch = config.trainer.seed, model.global_batch_size
-    train_steps = [step_groups(step, len(train_data), batch, seed) for step in range(total)]
-    train_rows = _rows(train_data, config, architecture, layout, entry, options.fp8)
+    train = _train_split(config, data, rows(data))
+    check_profile(config, layout, len(train.steps))
     if options.fp8 is not None and not options.fp8.repeats_itself:
-        _check_one_pass(options.fp8, train_rows, entry)
+        _check_one_pass(options.fp8, train.source, entry)
     validation = None
     if model.data.validation:
         held_out = partial(open_data, config, validation_selection(config, selection))
         data = _on_one_rank_per_node(held_out, model.data.validation, layout)
-        steps = list(in_order(len(data), batch))[: config.trainer.limit_val_batches]
-        rows = _rows(data, config, architecture, layout, entry, options.fp8)
-        validation = Split("validation", data, rows, steps)
+        steps = list(in_order(len(data), model.global_batch_size))[: config.trainer.limit_val_batches]
+        validation = Split("validation", data, rows(data), steps)
     return Setup(
         config=config,
         hf_folder=hf_folder,
@@ -145,10 +133,33 @@ def prepare(config: Config) -> Setup:
         layout=layout,
         model_options=options,
         data_parallel=data_parallel(config.model.optim, layout),
-        train=Split("train", train_data, train_rows, train_steps),
+        train=train,
         validation=validation,
-        steps_per_epoch=per_epoch,
+        steps_per_epoch=steps_per_epoch(len(train.dataset), model.global_batch_size),
     )
+
+
+def _check_models(config: Config, layout: ParallelLayout) -> None:
+    """The same files of all models on all nodes, and whole: broken ones are found before the data are tokenised."""
+    models = {"model.restore_from_path": config.model.restore_from_path}
+    if config.model.mpo.reference_from_path is not None:
+        models["model.mpo.reference_from_path"] = config.model.mpo.reference_from_path
+    for key, path in models.items():
+        check_same_model(key, path, layout)
+    with raising_together(layout):
+        if layout.is_main:
+            for path in models.values():
+                CheckpointReader(path) if is_checkpoint(path) else WeightReader(path)
+
+
+def _train_split(config: Config, data: GroupDataset, source: RowSource) -> Split:
+    """The training data in the order of their steps, as many as the configuration has."""
+    batch, trainer = config.model.global_batch_size, config.trainer
+    total = trainer.max_steps
+    if total == -1:
+        total = steps_per_epoch(len(data), batch) * trainer.max_epochs
+    steps = [step_groups(step, len(data), batch, trainer.seed) for step in range(total)]
+    return Split("train", data, source, steps)
 
 
 def _model_folder(key: str, path: str) -> Path:
