@@ -67,6 +67,7 @@ def run(arguments: argparse.Namespace) -> Report:
         min(arguments.repeats, 3) if arguments.quick else arguments.repeats,
     )
     job = Job.start(_model(model), 1)
+    settings = job.settings(1)
     alone = _one_step(job, size)
     figures, rows = _figures(alone, size), _part_rows(alone)
     notes = [
@@ -80,6 +81,7 @@ def run(arguments: argparse.Namespace) -> Report:
         by_n = _growth(job, [(1, n) for n in _sizes(arguments.quick)], size.repeats)
         by_tokens = _growth(job, [(count, N) for count in GROUPS], size.repeats)
         shutdown()
+        del job  # its model and optimizer would lie beside those of two ranks
         found = on_ranks(2, "step", "two_ranks", model, size.max_tokens, size.repeats)
         ranks = {key: max(one[key] for one in found) for key in found[0]}
         slower = ranks["seconds"] / alone["seconds"]
@@ -108,7 +110,7 @@ def run(arguments: argparse.Namespace) -> Report:
             "response": RESPONSE,
             "responses": N,
             "max_tokens": size.max_tokens,
-            **job.settings(1),
+            **settings,
         },
         notes=notes,
     )
