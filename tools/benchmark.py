@@ -64,6 +64,11 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = command.parse_args(arguments)
     if parsed.repeats < 1:
         command.error(f"--repeats {parsed.repeats} must be 1 or more")
+    for name in ("markdown", "json", "output"):
+        path = getattr(parsed, name, None)
+        # Before what is to be written has taken its time.
+        if path is not None and not path.absolute().parent.is_dir():
+            command.error(f"--{name} {path}: there is no folder {path.parent}; make it")
     if parsed.benchmark == "all":
         return _run_all(parsed)
     if parsed.threads is None:

@@ -89,6 +89,9 @@ def run(arguments: argparse.Namespace) -> Report:
         )
     if arguments.responses < 2 or arguments.responses % 2:
         raise ConfigError(f"--responses {arguments.responses} must be an even number: a group becomes pairs")
+    for name in ("pairs_per_micro_batch", "groups_per_step"):
+        if getattr(arguments, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be 1 or more")
     steps = 1 if arguments.quick else arguments.repeats
     per_step = 1 if arguments.quick else arguments.groups_per_step
     groups = _groups(arguments, per_step * (steps + 1))

@@ -260,6 +260,11 @@ def test_errors_are_sentences(run: Run) -> None:
         absent.stderr.strip().splitlines()[-1].startswith("error: --model nowhere is no Hugging Face folder")
     )
     assert "invalid choice" in run("speed").stderr
+    for option in ("--markdown", "--json"):
+        nowhere = run("plan", "--quick", option, "/nowhere/x")
+        assert (nowhere.returncode, nowhere.stdout) == (2, "")
+        assert f"error: {option} /nowhere/x: there is no folder /nowhere; make it" in nowhere.stderr
+    assert "--output x/y: there is no folder x" in run("all", "--output", "x/y").stderr
     assert "--repeats 0 must be 1 or more" in run("plan", "--repeats", "0").stderr
 
 
