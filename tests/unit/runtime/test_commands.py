@@ -99,10 +99,11 @@ def test_ranks_meet_where_the_machine_does_not_know_its_own_name(tmp_path: Path)
     hosts, rank = tmp_path / "hosts", tmp_path / "rank.py"
     hosts.write_text("127.0.0.1 localhost\n")
     rank.write_text(
-        "import torch.distributed as dist\n"
+        "import os, torch.distributed as dist\n"
         "dist.init_process_group('gloo')\n"
         "dist.barrier()\n"
-        "print('rank', dist.get_rank(), 'of', dist.get_world_size(), flush=True)\n"
+        # One write: torchrun's Python is unbuffered, and a print of parts mixes with another rank's.
+        "os.write(1, f'rank {dist.get_rank()} of {dist.get_world_size()}\\n'.encode())\n"
     )
     nameless = f"mount --bind {hosts} /etc/hosts && hostname nowhere && ! getent hosts nowhere && "
     isolated = ["unshare", "--user", "--map-root-user", "--mount", "--uts", "sh", "-c"]
