@@ -24,13 +24,14 @@ from rich.table import Table
 from mpo_megatron import objectives
 from mpo_megatron.config import KEPT_FAULTS, Config, check_overrides, parse
 from mpo_megatron.config.groups import compose_config
-from mpo_megatron.conversion.hf_folder import load_tokenizer, model_folder
+from mpo_megatron.conversion.hf_folder import model_folder
 from mpo_megatron.data.faults import FAULTS, LONG_PROMPT
 from mpo_megatron.data.schema import RecordError
 from mpo_megatron.data.summary import QUANTILES, FaultCount, Summary, summarise
 from mpo_megatron.data.tokenize import GroupTokenizer
 from mpo_megatron.data.within import Estimate
 from mpo_megatron.errors import UserError
+from mpo_megatron.pretrained import load_tokenizer
 from mpo_megatron.training.data import selection_of, tokenize_options, validation_selection
 
 NO_MODEL = "none"

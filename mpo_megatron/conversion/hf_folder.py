@@ -60,24 +60,6 @@ def is_checkpoint(path: str | Path) -> bool:
     return model_folder(path) != Path(path)
 
 
-def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer of a Hugging Face folder.
-
-    Raises:
-        ConfigError: transformers cannot make one of its files.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        # Left out, transformers would ask on a terminal whether to run a folder's own code.
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"no tokenizer can be loaded from {folder} ({' '.join(str(error).split())[:200]}); put tokenizer.json and "
-            "tokenizer_config.json there"
-        ) from error
-
-
 class WeightReader:
     """The tensors of a folder's safetensors files. All headers are read at once, values when they are asked for.
 

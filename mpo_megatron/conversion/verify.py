@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpo_megatron.conversion.hf_folder import is_checkpoint, load_tokenizer, model_folder
+from mpo_megatron.conversion.hf_folder import is_checkpoint, model_folder
 from mpo_megatron.conversion.load import load_hf_weights
 from mpo_megatron.conversion.restore import load_megatron_weights
 from mpo_megatron.data import TokenizedGroup
 from mpo_megatron.errors import ConfigError
 from mpo_megatron.model.architecture import read_architecture
 from mpo_megatron.model.provider import ModelOptions, build_model, unwrap
+from mpo_megatron.pretrained import load_model, load_tokenizer
 from mpo_megatron.ragged.segments import Segments
 from mpo_megatron.ragged.transfer import to_device
 from mpo_megatron.runtime.parallel import ParallelLayout
@@ -99,7 +100,7 @@ def _transformers(
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(hf, dtype=dtype, trust_remote_code=False).to(device).eval()
+    model = load_model(AutoModelForCausalLM, hf, dtype=dtype, device=device)
     found = []
     with torch.no_grad():
         for tokens in ids:

@@ -7,6 +7,7 @@ from typing import Any
 
 from mpo_megatron.errors import ConfigError, UserError
 from mpo_megatron.model.stages import check_stages
+from mpo_megatron.pretrained import load_config
 from mpo_megatron.scheduling.plan import CostModel
 
 
@@ -27,6 +28,9 @@ FAMILIES = {
     "qwen3": Family(qk_norm=True),
     "qwen3_moe": Family(qk_norm=True, experts=True),
 }
+
+# Of any size in a config: what a 32-bit index reaches, and a formula in floating point takes.
+_LARGEST = 2**31 - 1
 
 # What a config must say, where it says anything. The last two: every layer has experts.
 _REQUIRED: dict[str, Any] = {
@@ -88,7 +92,7 @@ class Architecture:
     def padded_vocab_size(self, multiple: int, tp: int) -> int:
         """The vocabulary rounded up so that each tensor-parallel rank holds a multiple of `multiple` rows."""
         unit = multiple * tp
-        return math.ceil(self.vocab_size / unit) * unit
+        return -(-self.vocab_size // unit) * unit
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -150,7 +154,7 @@ def read_architecture(folder: str | Path) -> Architecture:
             f"there is no config.json in {path.absolute()}; give the folder of a Hugging Face model (config.json, "
             "*.safetensors, tokenizer files)"
         )
-    return architecture_of(_read_config(path, path / "config.json"), str(path))
+    return architecture_of(load_config(path), str(path))
 
 
 def read_config_file(file: Path) -> Architecture:
@@ -159,16 +163,7 @@ def read_config_file(file: Path) -> Architecture:
     Raises:
         ConfigError: it cannot be read, or says what is not supported.
     """
-    return architecture_of(_read_config(file, file), str(file))
-
-
-def _read_config(source: Path, file: Path) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:
-        raise ConfigError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
+    return architecture_of(load_config(file, shown=file), str(file))
 
 
 def architecture_of(config: Any, where: str = "config") -> Architecture:
@@ -203,8 +198,10 @@ def _check_values(found: Architecture, where: str) -> None:
     if found.experts is not None:
         sizes |= {"num_experts": found.experts.number, "num_experts_per_tok": found.experts.per_token}
     for name, value in sizes.items():
-        if type(value) is not int or value < 1:
-            raise ConfigError(f"{where}: {name}={value!r} in config.json must be a whole number, 1 or more")
+        if type(value) is not int or not 1 <= value <= _LARGEST:
+            raise ConfigError(
+                f"{where}: {name}={value!r} in config.json must be a whole number from 1 to {_LARGEST:,}"
+            )
     if found.head_dim % 2:
         raise ConfigError(
             f"{where}: head_dim={found.head_dim} in config.json must be even, for rotary embeddings"

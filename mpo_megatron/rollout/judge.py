@@ -216,14 +216,16 @@ class Judge:
             answer = content["choices"][0]["message"]["content"]
             usage = content.get("usage") or {}
             tokens = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
-        except (ValueError, LookupError, TypeError, AttributeError):
+        # The last two: of a number such as 1e999, and of lists in lists in lists.
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
             raise _TryAgain(f"answered what is no chat completion: {_short(body)}") from None
         # Paid for, whatever the answer is worth.
         self.usage.prompt_tokens += tokens[0]
         self.usage.answer_tokens += tokens[1]
         if not isinstance(answer, str):
             raise _TryAgain(f"answered without a text: {_short(body)}")
-        return answer
+        # JSON may hold halves of characters, and the cache takes none.
+        return answer.encode(errors="replace").decode()
 
     async def _turn(self) -> None:
         """Wait until the rate allows another request."""

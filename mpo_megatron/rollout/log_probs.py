@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from mpo_megatron.pretrained import load_model
 from mpo_megatron.rollout.devices import dtype_of, place
 from mpo_megatron.rollout.records import Record
 from mpo_megatron.rollout.sampling import chat_tokenizer, encode
@@ -42,8 +43,7 @@ class LogProbs:
         """
         self._device = device
         self._tokenizer = chat_tokenizer(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype_of(dtype), trust_remote_code=False)
-        self._model = model.to(device).eval()
+        self._model = load_model(AutoModelForCausalLM, folder, dtype=dtype_of(dtype), device=device)
 
     def __call__(self, groups: list[Record]) -> tuple[list[dict[str, Any]], int]:
         """{"log_probs": [...], "tokens": [...]} of each group's responses, and the number of tokens of all."""

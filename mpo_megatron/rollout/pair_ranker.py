@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, DebertaV2Model, DebertaV2PreTrainedModel
+from transformers import DebertaV2Model, DebertaV2PreTrainedModel
 
 from mpo_megatron.errors import UserError
+from mpo_megatron.pretrained import load_config, load_model, load_tokenizer
 from mpo_megatron.rollout.devices import dtype_of
 from mpo_megatron.rollout.records import Record, prompt_text
 from mpo_megatron.rollout.reward_models import batches_by_length, padded
@@ -76,7 +77,7 @@ class PairRanker:
 
         Raises UserError for an unknown dtype and a folder of another kind.
         """
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = load_config(folder)
         missing = [name for name in ("source_prefix_id", "cand1_prefix_id", "cand2_prefix_id", "n_tasks", "drop_out")
                    if not hasattr(config, name)]  # fmt: skip
         if config.model_type != "deberta-v2" or missing:
@@ -84,10 +85,10 @@ class PairRanker:
                 f"{folder} is no PairRM (DeBERTa-v2 with {missing[0] if missing else 'its marks'} in config.json); "
                 "give a folder such as llm-blender/PairRM-hf's"
             )
-        self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        self._tokenizer = load_tokenizer(folder)
         added = (token.content for token in self._tokenizer.added_tokens_decoder.values())
         self._tokens_in_text = re.compile("|".join(map(re.escape, {SOURCE, FIRST, SECOND, *added})))
-        self._model = DebertaV2PairRM.from_pretrained(folder, dtype=dtype_of(dtype)).to(device).eval()
+        self._model = load_model(DebertaV2PairRM, folder, dtype=dtype_of(dtype), device=device)
         self._device = device
         self._batch_tokens = batch_tokens
         self._max_length = max_length or 2048

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
 from mpo_megatron.data.chat import render
 from mpo_megatron.errors import UserError
+from mpo_megatron.pretrained import load_config, load_model, load_tokenizer
 from mpo_megatron.rollout.armo_rm import ArmoRM
 from mpo_megatron.rollout.devices import dtype_of
 from mpo_megatron.rollout.records import Record, prompt_text, turns
@@ -50,9 +51,9 @@ class RewardModel:
         Raises UserError for an unknown dtype, a folder whose output is defined by code in it, and weights that do not
         fit the head.
         """
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        self._model = _load(folder, config, self._tokenizer, dtype_of(dtype)).to(device).eval()
+        config = load_config(folder)
+        self._tokenizer = load_tokenizer(folder)
+        self._model = _load(folder, config, self._tokenizer, dtype=dtype_of(dtype), device=device)
         self._device = device
         self._batch_tokens = batch_tokens
         positions = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -132,10 +133,10 @@ def padded(sequences: list[Encoded], padding: int, device: str) -> dict[str, Ten
     return batch
 
 
-def _load(folder: str, config: Any, tokenizer: Any, dtype: torch.dtype) -> Any:
+def _load(folder: str, config: Any, tokenizer: Any, *, dtype: torch.dtype, device: str) -> Any:
     architectures = getattr(config, "architectures", None) or [""]
     if architectures[0] == ArmoRM.ARCHITECTURE:
-        model = ArmoRM.from_pretrained(folder, dtype=dtype)
+        model = load_model(ArmoRM, folder, dtype=dtype, device=device)
         model.find_header(tokenizer)
         return model
     if getattr(config, "auto_map", None) or not architectures[0].endswith("ForSequenceClassification"):
@@ -144,7 +145,7 @@ def _load(folder: str, config: Any, tokenizer: Any, dtype: torch.dtype) -> Any:
             "(code in a model's folder is never run); give a sequence-classification model, or call yours in a "
             "function of your own: --scorer function"
         )
-    return AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    return load_model(AutoModelForSequenceClassification, folder, dtype=dtype, device=device)
 
 
 def _fitting(weights: Sequence[float] | None, outputs: int) -> Tensor:

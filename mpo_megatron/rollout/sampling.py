@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from mpo_megatron.data.chat import render
 from mpo_megatron.errors import UserError
+from mpo_megatron.pretrained import load_model, load_tokenizer
 from mpo_megatron.rollout.devices import dtype_of
 from mpo_megatron.rollout.generation import Sampling, temperature_of, uniforms
 from mpo_megatron.rollout.records import Record, turns
@@ -36,11 +37,8 @@ class HuggingFaceSampler:
         self._sampling = sampling
         self._device = device
         self._tokenizer = chat_tokenizer(model_path)
-        model = AutoModelForCausalLM.from_pretrained(
-            model_path, dtype=dtype_of(dtype), trust_remote_code=False
-        )
-        self._model = model.to(device).eval()
-        self._stop_ids = stop_ids(model.generation_config.eos_token_id, self._tokenizer)
+        self._model = load_model(AutoModelForCausalLM, model_path, dtype=dtype_of(dtype), device=device)
+        self._stop_ids = stop_ids(self._model.generation_config.eos_token_id, self._tokenizer)
 
     def __call__(self, records: list[Record]) -> tuple[list[list[dict[str, str]]], int]:
         """Samples responses to each record's "prompt", in the model's chat template.
@@ -181,7 +179,7 @@ def _inverse(weights: Tensor, draws: Tensor) -> Tensor:
 
 def chat_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder, padding on the left; raises UserError if it has no chat template."""
-    tokenizer = AutoTokenizer.from_pretrained(model_path, padding_side="left", trust_remote_code=False)
+    tokenizer = load_tokenizer(model_path, padding_side="left")
     if tokenizer.chat_template is None:
         raise UserError(f"the tokenizer in {model_path} has no chat template; use an instruct model's folder")
     if tokenizer.pad_token_id is None:

@@ -4,9 +4,10 @@ from pathlib import Path
 
 from mpo_megatron import objectives
 from mpo_megatron.config import Config
-from mpo_megatron.conversion.hf_folder import load_tokenizer, model_folder
+from mpo_megatron.conversion.hf_folder import model_folder
 from mpo_megatron.data import GroupDataset, Selection, TokenizeOptions, build_dataset
 from mpo_megatron.errors import ConfigError
+from mpo_megatron.pretrained import load_tokenizer
 
 
 def selection_of(config: Config, entry: objectives.Entry) -> Selection:

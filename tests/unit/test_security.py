@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from mpo_megatron.conversion.hf_folder import load_tokenizer
 from mpo_megatron.conversion.torch_dist import CheckpointReader
 from mpo_megatron.errors import CheckpointError, ConfigError
+from mpo_megatron.pretrained import load_tokenizer
 from tests.helpers.models import make_llama
 from tests.unit.conversion.test_torch_dist import write
 

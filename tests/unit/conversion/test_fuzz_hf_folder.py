@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpo_megatron.conversion.hf_folder import INDEX, SINGLE, WeightReader, load_tokenizer
+from mpo_megatron.conversion.hf_folder import INDEX, SINGLE, WeightReader
 from mpo_megatron.errors import CheckpointError, ConfigError
 from mpo_megatron.model.architecture import Architecture, check_layout, read_architecture
+from mpo_megatron.pretrained import load_tokenizer
 from tests.helpers.fuzzing import SCALARS, TEXT, TRIED, check_message, damaged, tries
 from tests.helpers.models import make_model
 
