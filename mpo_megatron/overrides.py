@@ -14,21 +14,23 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mpo_megatron.errors import UserError
+from mpo_megatron.errors import ConfigError, UserError
 
 SECTIONS = ("trainer", "model", "exp_manager", "name")
 
 
 def read_yaml(path: Path) -> Any:
-    """The content of a YAML as Python has it.
+    """The content of a YAML as Python has it: a mapping or a list, with interpolations as they stand there.
 
     Raises:
-        UserError: it is not there, or no YAML.
+        ConfigError: it is not there, or no YAML.
     """
     try:
         return OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    except AssertionError as error:  # OmegaConf's, of a text that holds a number
+        raise ConfigError(f"{path} must hold keys with their values, such as seed: 1") from error
 
 
 def as_typed(section: Any, where: str, own: Mapping[str, str], prefix: str = "") -> list[str]:

@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with held(args.output):
             found = run_all(comparison, kept, args)
             tell(comparison, runs, found, args.file.stem, args.output)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = read_config(args)
         a = read_model(args, config)
         plan(args, config, a, lengths(args, config))
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

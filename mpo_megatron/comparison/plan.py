@@ -24,14 +24,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-
 from mpo_megatron import objectives
 from mpo_megatron.comparison.overrides import MPO, as_typed, checked
 from mpo_megatron.comparison.samples import START, Samples, read_samples
 from mpo_megatron.comparison.sweep import points
-from mpo_megatron.config import Config, MpoConfig, changed, check_overrides, parse, register_schema
+from mpo_megatron.config import Config, MpoConfig, changed, check_overrides
+from mpo_megatron.config.groups import compose_config
 from mpo_megatron.errors import ConfigError, UserError
 from mpo_megatron.overrides import read_yaml
 from mpo_megatron.rollout.parts import digest_of_folder
@@ -129,7 +127,7 @@ def _comparison(content: Any) -> Comparison:
             "members must give a name and overrides for each run, such as `dpo: {objective: dpo, beta: 0.1}`"
         )
     baseline = content.get("baseline", next(iter(members)))
-    if baseline not in members:
+    if baseline not in list(members):  # whatever it is: a list has no hash
         raise UserError(f"baseline={baseline} is no member; there are {', '.join(map(str, members))}")
     found = _members(members, as_typed(content.get("common") or {}, "common"), content.get("sweep"))
     return Comparison(seeds, found, baseline, read_samples(content.get("samples"), seeds))
@@ -267,10 +265,4 @@ def composed(overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError: it would not take them.
     """
-    check_overrides(overrides)
-    register_schema()
-    try:
-        with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-            return parse(compose("mpo_gpt", list(overrides)))
-    except HydraException as error:
-        raise ConfigError(" ".join(str(error).split())) from error
+    return compose_config(ROOT / "conf" / "mpo_gpt.yaml", overrides)

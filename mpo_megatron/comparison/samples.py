@@ -18,7 +18,7 @@ from typing import Any
 
 from mpo_megatron.errors import UserError
 from mpo_megatron.rollout.rewards import mean_score
-from mpo_megatron.runtime.commands import ROOT, run_to_end, what_failed
+from mpo_megatron.runtime.commands import ROOT, as_arguments, run_to_end, what_failed
 
 # The folder of the starting model's samples, in the output.
 START = "start"
@@ -60,7 +60,7 @@ def read_samples(section: Any, seeds: list[int]) -> Samples | None:
     if "prompts" not in options["generate"]:
         raise UserError("samples.generate has no prompts; give a JSONL file of held-out ones")
     chosen = section.get("seeds", seeds)
-    if not isinstance(chosen, list) or not set(chosen) <= set(seeds):
+    if not isinstance(chosen, list) or any(seed not in seeds for seed in chosen):
         raise UserError(f"samples.seeds={chosen} must be some of seeds={seeds}")
     return Samples(options["generate"], options["score"], chosen)
 
@@ -120,15 +120,3 @@ def _tool(name: str, options: Mapping[str, Any], log: Path) -> None:
     if status:
         printed = log.read_text(encoding="utf-8", errors="replace")
         raise UserError(f"tools/{name}.py: {what_failed(printed, status)}")
-
-
-def as_arguments(options: Mapping[str, Any]) -> list[str]:
-    """Options as a command line has them: a list gives several values, true a bare option, false and null none."""
-    found = []
-    for key, value in options.items():
-        if value is None or value is False:
-            continue
-        found.append(f"--{str(key).replace('_', '-')}")
-        if value is not True:
-            found += [str(one) for one in value] if isinstance(value, list) else [str(value)]
-    return found

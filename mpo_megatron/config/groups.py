@@ -7,15 +7,17 @@ one sentence, said before Hydra sees it.
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from mpo_megatron.config.parse import check_overrides, parse, register_schema
 from mpo_megatron.config.schema import Config
 from mpo_megatron.errors import ConfigError
+from mpo_megatron.overrides import read_yaml
 
 _CHOICE = re.compile(r"\$\{(\w+)\}")
 
@@ -24,16 +26,36 @@ def groups(yaml: Path) -> dict[str, str]:
     """The groups of a YAML's defaults list with what it takes of each, which may name other choices (`${gpu}`).
 
     Raises:
-        ConfigError: there is no such YAML.
+        ConfigError: there is no such YAML, or it is not as it must be.
     """
     if not yaml.is_file():
         near = ", ".join(sorted(path.stem for path in yaml.parent.glob("*.yaml")))
         raise ConfigError(f"there is no {yaml.name} in {yaml.parent}; its YAMLs are {near or 'none'}")
-    # Not resolved: choices are Hydra's, not keys.
-    content = OmegaConf.to_container(OmegaConf.load(yaml))
-    defaults = content.get("defaults", []) if isinstance(content, dict) else []
-    found = [item for item in defaults if isinstance(item, dict)]
-    return {str(group): str(choice) for item in found for group, choice in item.items()}
+    defaults = _mapping(yaml).get("defaults", [])
+    if not isinstance(defaults, list) or not all(item and isinstance(item, str | dict) for item in defaults):
+        raise ConfigError(
+            f"{yaml}: defaults must be a list of names and of groups with what to take, such as [schema, gpu: h100, "
+            f"_self_], not {defaults}"
+        )
+    found: dict[str, str] = {}
+    beside = {path.stem for path in yaml.parent.glob("*.yaml")} - {yaml.stem}
+    for item in defaults:
+        if isinstance(item, str) and item not in {"schema", "_self_", *beside}:
+            raise ConfigError(f"{yaml}: defaults has {item}, and there is no {item}.yaml beside it")
+        for group, choice in item.items() if isinstance(item, dict) else ():
+            if not isinstance(choice, str | int):
+                raise ConfigError(
+                    f"{yaml}: defaults has {group}: {choice}; give the name of one of its files"
+                )
+            found[str(group)] = str(choice)
+    return found
+
+
+def _mapping(yaml: Path) -> dict[Any, Any]:
+    content = read_yaml(yaml)
+    if not isinstance(content, dict):
+        raise ConfigError(f"{yaml} must hold keys with their values, not {content}")
+    return content
 
 
 def files(yaml: Path, group: str) -> list[str]:
@@ -77,7 +99,10 @@ def _check_choice(yaml: Path, group: str, choice: str, taken: dict[str, str]) ->
     name = _CHOICE.sub(lambda found: taken.get(found[1], found[0]), choice)
     there = files(yaml, group)
     if name in there:
+        _mapping(yaml.parent / group / f"{name}.yaml")
         return
+    if not there:
+        raise ConfigError(f"{yaml.parent} has no group of settings {group}; remove {group}={name}")
     if name == choice:
         raise ConfigError(f"{group}={name} is not known; choose one of {', '.join(there)}")
     # The same pattern with every choice.
@@ -102,5 +127,5 @@ def compose_config(yaml: Path, overrides: Sequence[str]) -> Config:
     try:
         with initialize_config_dir(str(yaml.resolve().parent), version_base=None):
             return parse(compose(yaml.stem, list(overrides)))
-    except HydraException as error:
+    except (HydraException, OmegaConfBaseException, OverflowError) as error:
         raise ConfigError(f"{yaml}: {' '.join(str(error).split())}") from error

@@ -13,7 +13,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+from omegaconf.errors import OmegaConfBaseException
 
 from mpo_megatron.config.rules import check
 from mpo_megatron.config.schema import Config, MpoConfig
@@ -33,7 +33,10 @@ def parse(raw: DictConfig) -> Config:
         _check_missing(merged)
         hyper_parameters = _take_hyper_parameters(merged.model.mpo)
         config = OmegaConf.to_object(merged)
-    except (ConfigKeyError, ValidationError, OmegaConfBaseException) as error:
+    except (
+        OmegaConfBaseException,
+        OverflowError,
+    ) as error:  # the latter of a whole number that no float holds
         raise ConfigError(f"{_key(error)}: {str(error).splitlines()[0]}") from error
     assert isinstance(config, Config)
     mpo = replace(config.model.mpo, hyper_parameters=hyper_parameters)
@@ -145,7 +148,7 @@ def make_writable(node: DictConfig) -> None:
             make_writable(child)
 
 
-def _key(error: OmegaConfBaseException) -> str:
+def _key(error: Exception) -> str:
     return str(getattr(error, "full_key", None) or "configuration")
 
 

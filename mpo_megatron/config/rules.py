@@ -3,7 +3,6 @@
 Each message has the key, its value, the rule and the fix.
 """
 
-import math
 from collections.abc import Collection
 from dataclasses import fields
 from operator import attrgetter
@@ -11,6 +10,7 @@ from typing import Any
 
 from mpo_megatron.config.schema import KEPT_FAULTS, MONITORS, Config, FaultConfig, ModelConfig, OptimConfig
 from mpo_megatron.errors import ConfigError
+from mpo_megatron.finite import is_finite
 
 # Keys with a choice of values. One whose default is null may be null.
 CHOICES: dict[str, Collection[str]] = {
@@ -101,7 +101,7 @@ def check(config: Config) -> None:
             _at_least(key, value, least)
     for key in POSITIVE:
         value = attrgetter(key)(config)
-        if not (math.isfinite(value) and value > 0):
+        if not (is_finite(value) and value > 0):
             raise ConfigError(f"{key}={value} must be positive")
 
     _check_steps(config)
@@ -248,5 +248,5 @@ def _one_of(name: str, value: Any, allowed: Collection[str]) -> None:
 
 
 def _at_least(name: str, value: float, least: float) -> None:
-    if not (math.isfinite(value) and value >= least):
+    if not (is_finite(value) and value >= least):
         raise ConfigError(f"{name}={value} must be {least} or more")

@@ -143,7 +143,7 @@ def _group(record: Record, where: str, prompt_key: str | None) -> ScoredGroup:
         fail(where, f"the id is {_kind(own_id)}; it must be a text or a number, or left out")
     return ScoredGroup(
         # By default the same wherever the file lies.
-        id=_readable(str(own_id), "the id", where) if own_id is not None else where.rpartition("/")[2],
+        id=readable(str(own_id), "the id", where) if own_id is not None else where.rpartition("/")[2],
         messages=conversation(parts.prompt, where),
         responses=tuple(response for response, _ in scored),
         where=where,
@@ -230,7 +230,7 @@ def _scored(item: Mapping[str, Any], name: str, where: str) -> tuple[ScoredRespo
         fail(where, f"{name} has {_kind(text)} for its text; it must be a text")
     if not text.strip():
         fail(where, f"{name} is empty; remove the response, or the record if fewer than 2 remain", "empty")
-    _readable(text, name, where)
+    readable(text, name, where)
     by_label = item.get("score") is None and item.get("label") is not None
     score = _label_score(item["label"], name, where) if by_label else _finite(item.get("score"), name, where)
     return ScoredResponse(text, score, str(item.get("finish_reason") or "stop")), by_label
@@ -269,8 +269,11 @@ def _label_score(label: Any, name: str, where: str) -> float:
     return LABEL_SCORES[label]
 
 
-def _readable(text: str, name: str, where: str) -> str:
-    """The text, if it can be written as UTF-8: JSON may hold halves of characters, and no tokenizer takes them."""
+def readable(text: str, name: str, where: str) -> str:
+    """The text, if it can be written as UTF-8: JSON may hold halves of characters, and no tokenizer takes them.
+
+    Raises RecordError if not.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -297,7 +300,7 @@ def conversation(prompt: Any, where: str) -> tuple[Message, ...]:
             fail(where, f"{found}; roles are {', '.join(ROLES)}")
         if not isinstance(content, str):
             fail(where, f"message {number} of the prompt has {_kind(content)} for content; it must be a text")
-        messages.append(Message(role, _readable(content, f"message {number} of the prompt", where)))
+        messages.append(Message(role, readable(content, f"message {number} of the prompt", where)))
     if messages[-1].role != "user":
         found = f"the last message of the prompt has role {messages[-1].role!r}"
         fail(where, f"{found}; a prompt must end with a user turn: move an answer to the responses")

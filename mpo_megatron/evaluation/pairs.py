@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from mpo_megatron.data.schema import LARGEST_SCORE
 from mpo_megatron.errors import UserError
 from mpo_megatron.rollout.records import Record, read_groups
 
@@ -22,7 +23,8 @@ def read_scored(path: Path) -> list[Record]:
     for group in groups:
         for response in group["responses"]:
             score = response.get("score")
-            if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+            is_number = isinstance(score, int | float) and not isinstance(score, bool)
+            if not is_number or not abs(score) <= LARGEST_SCORE:
                 raise UserError(
                     f"{path}: group {group['id']!r} has a response with score={score!r}; score the file with "
                     "tools/score.py first"

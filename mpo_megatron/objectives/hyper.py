@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from mpo_megatron.errors import ConfigError
+from mpo_megatron.finite import is_finite
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Range:
 
     def __contains__(self, value: Any) -> bool:
         high_enough = value > self.least if self.above else value >= self.least
-        return math.isfinite(value) and high_enough and value <= self.most
+        return is_finite(value) and high_enough and value <= self.most
 
     def __str__(self) -> str:
         least = f"above {self.least:g}" if self.above else f"{self.least:g} or more"

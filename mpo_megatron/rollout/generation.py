@@ -1,13 +1,13 @@
 """What is asked of a sampler, the random numbers of each sample, and the batches that prompts are sampled in."""
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from mpo_megatron.errors import UserError
+from mpo_megatron.finite import is_finite
 from mpo_megatron.rollout.records import Record, prompt_text
 from mpo_megatron.rollout.work import Worker
 
@@ -27,7 +27,7 @@ class Sampling:
             raise UserError(
                 f"samples={self.samples} and max_new_tokens={self.max_new_tokens} must be at least 1; raise them"
             )
-        if not 0 <= self.temperature < math.inf:
+        if not is_finite(self.temperature) or self.temperature < 0:
             raise UserError(f"temperature={self.temperature} must be a number from 0; try 1.0")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p={self.top_p} must be above 0 and at most 1; 1.0 samples from all tokens")
@@ -49,7 +49,7 @@ def temperature_of(record: Record, sampling: Sampling) -> float:
 
 def uniforms(seed: int, prompt_id: str, sample: int, count: int) -> np.ndarray:
     """[count] float64 in [0, 1) for the tokens of a sample; the same first numbers for any `count`."""
-    digest = hashlib.sha256(f"{seed}/{sample}/{prompt_id}".encode(errors="surrogatepass")).digest()
+    digest = hashlib.sha256(f"{seed}/{sample}/{prompt_id}".encode()).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16]))).random(count)
 
 

@@ -1,7 +1,6 @@
 """Prompts and groups in the files that tools/generate.py and tools/score.py read and write."""
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
@@ -10,8 +9,9 @@ from typing import Any
 
 from mpo_megatron.data.chat import Turns
 from mpo_megatron.data.readers import read_records
-from mpo_megatron.data.schema import RecordError, conversation
+from mpo_megatron.data.schema import RecordError, conversation, readable
 from mpo_megatron.errors import UserError
+from mpo_megatron.finite import is_finite
 from mpo_megatron.rollout.constraints import check_constraint
 
 Record = dict[str, Any]
@@ -83,6 +83,10 @@ def _read(path: Path, check: Callable[[object], None]) -> list[Record]:
                 raise UserError(f"the id {record['id']!r} occurs twice; give every prompt its own")
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
+        # All of it is written again, fields that nothing here reads among them.
+        for name, value in record.items():
+            for text in (name, json.dumps(value, ensure_ascii=False)):
+                readable(text, f"the field {name!r}", where)
         seen.add(record["id"])
         records.append(record)
     if not records:
@@ -105,7 +109,8 @@ def _check_prompt(record: object) -> None:
     if (
         isinstance(temperature, bool)
         or not isinstance(temperature, int | float)
-        or not 0 <= temperature < math.inf
+        or not is_finite(temperature)
+        or temperature < 0
     ):
         raise UserError(f"temperature={temperature!r} must be a number from 0; correct it or leave it out")
     if "constraints" in record:

@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.util
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from mpo_megatron.data.schema import LARGEST_SCORE
 from mpo_megatron.errors import UserError
 from mpo_megatron.rollout.records import Record, prompt_text
 from mpo_megatron.rollout.rewards import verified_score
@@ -59,7 +59,7 @@ def start_function(path: str, number: int) -> Worker:
         for number, score in enumerate(returned, start=1):
             if not _is_number(score):
                 raise UserError(
-                    f"{where}: the score of response {number} is {score!r}, which is no finite number"
+                    f"{where}: the score of response {number} is {score!r}, which is no finite number of float32"
                 )
         return [float(score) for score in returned]
 
@@ -118,7 +118,7 @@ def _no_module(path: str, problem: object) -> UserError:
 
 def _is_number(value: Any) -> bool:
     try:
-        return not isinstance(value, (str, bool)) and math.isfinite(float(value))
+        return not isinstance(value, (str, bool)) and abs(float(value)) <= LARGEST_SCORE
     except (TypeError, ValueError, OverflowError):
         return False
 

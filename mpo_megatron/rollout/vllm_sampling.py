@@ -75,7 +75,7 @@ class VllmSampler:
 
 def seed_of(seed: int, prompt_id: str) -> int:
     """The seed of a prompt's first sample, in [0, 2^62); those of its others follow it."""
-    digest = hashlib.sha256(f"{seed}/{prompt_id}".encode(errors="surrogatepass")).digest()
+    digest = hashlib.sha256(f"{seed}/{prompt_id}".encode()).digest()
     return int.from_bytes(digest[:8]) >> 2
 
 

@@ -1,6 +1,5 @@
 """The YAML of tools/run_rounds.py: every default and every check that needs no prompts and no model."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,7 +121,7 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> RoundsConfig:
         config = OmegaConf.to_object(merged)
         assert isinstance(config, RoundsConfig)
         _check(config)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, OverflowError) as error:
         where = getattr(error, "full_key", None) or "a value"
         raise UserError(f"{path}: {where}: {str(error).splitlines()[0]}") from error
     except UserError as error:
@@ -184,19 +183,3 @@ def _check(config: RoundsConfig) -> None:
             raise UserError(f"samples={samples} {where}: a group needs 2 or more")
         if number:
             config.overrides(number)
-
-
-def arguments(options: dict[str, Any]) -> list[str]:
-    """Options as a command line: a true one alone, several values one after the other, mappings as JSON."""
-    found: list[str] = []
-    for name, value in _normal(options).items():
-        if value is None or value is False:
-            continue
-        found.append(f"--{name.replace('_', '-')}")
-        if isinstance(value, list):
-            found += [str(item) for item in value]
-        elif isinstance(value, dict):
-            found.append(json.dumps(value))
-        elif value is not True:
-            found.append(str(value))
-    return found

@@ -23,8 +23,8 @@ from mpo_megatron.overrides import as_value
 from mpo_megatron.rollout.parts import digest_of, digest_of_folder
 from mpo_megatron.rollout.records import Record
 from mpo_megatron.rollout.scoring import source_digest
-from mpo_megatron.rounds.config import RoundsConfig, arguments
-from mpo_megatron.runtime.commands import ROOT
+from mpo_megatron.rounds.config import RoundsConfig
+from mpo_megatron.runtime.commands import ROOT, as_arguments
 
 TOOLS = ROOT / "tools"
 JOB = ROOT / "examples" / "mpo_gpt.py"
@@ -168,14 +168,14 @@ class _Plan:
         file = prompts_file(self.output, 0 if is_held_out else number)
         output = folder / "groups.jsonl"
         given = ("--model", str(self._model(start)), "--prompts", str(file), "--output", str(output))
-        command = Command(TOOLS / "generate.py", (*given, *arguments(options)), output)
+        command = Command(TOOLS / "generate.py", (*given, *as_arguments(options)), output)
         settings = {"the prompts": prompts, **self._policy(start), **_settings(options)}
         return Stage(name, folder, (command,), settings, (start,) if start else ())
 
     def _score(self, kind: str, number: int, sample: Stage) -> Stage:
         name, folder = self._folder(kind, number)
         output = folder / "groups.jsonl"
-        given = ("--input", str(sample.outputs[0]), "--output", str(output), *arguments(self.config.score))
+        given = ("--input", str(sample.outputs[0]), "--output", str(output), *as_arguments(self.config.score))
         command = Command(TOOLS / "score.py", given, output)
         settings = {**_settings(self.config.score), **self.scorer}
         return Stage(name, folder, (command,), settings, (sample,))
@@ -222,7 +222,7 @@ class _Plan:
         models = {"policy": train, "start": start, "first": None}
         if start is None:
             del models["first"]
-        options = arguments(self.config.log_probs)
+        options = as_arguments(self.config.log_probs)
         commands = [
             Command(
                 TOOLS / "logprobs.py",

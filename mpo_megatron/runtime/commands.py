@@ -1,6 +1,7 @@
 """A command as a sub-process: its output in a file, ended with this process, its error in a sentence."""
 
 import ctypes
+import json
 import os
 import re
 import signal
@@ -44,6 +45,23 @@ def torchrun(ranks: int) -> list[str]:
     """
     here = ["--standalone", "--local-addr", "127.0.0.1"]
     return [sys.executable, "-m", "torch.distributed.run", *here, "--nproc-per-node", str(ranks)]
+
+
+def as_arguments(options: Mapping[str, Any]) -> list[str]:
+    """Options of a YAML as a command line, {top_p: 0.9} or {top-p: 0.9} as --top-p 0.9.
+
+    A true one stands alone, null and false ones are left out, a list is several values, and a mapping JSON.
+    """
+    found: list[str] = []
+    for name, value in options.items():
+        if value is None or value is False:
+            continue
+        found.append(f"--{str(name).replace('_', '-')}")
+        if isinstance(value, list):
+            found += map(str, value)
+        elif value is not True:
+            found.append(json.dumps(value) if isinstance(value, dict) else str(value))
+    return found
 
 
 def run_to_end(

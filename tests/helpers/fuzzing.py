@@ -3,8 +3,11 @@
 How many inputs were tried is printed (pytest -s); HYPOTHESIS_MULTIPLE=10 tries ten times as many.
 """
 
+import contextlib
+import copy
 import os
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, settings
@@ -61,3 +64,32 @@ def damaged(draw: Any, data: bytes, pieces: tuple[bytes, ...] = (b"\n",), within
         else:
             del changed[place:]
     return bytes(changed)
+
+
+def changed(content: Any, values: Any) -> Any:
+    """A strategy: nested mappings and lists with one to three things in them set to one of `values`, or removed."""
+    places = sorted(_places(content), key=str)
+    change = st.tuples(st.sampled_from(places), values, st.integers(0, 5))
+    return st.lists(change, min_size=1, max_size=3).map(lambda changes: _applied(content, changes))
+
+
+def _places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, below in items:
+        yield (*place, key)
+        yield from _places(below, (*place, key))
+
+
+def _applied(content: Any, changes: list[tuple[tuple[Any, ...], Any, int]]) -> Any:
+    content = copy.deepcopy(content)
+    for place, value, removed in changes:
+        holder = content
+        # An earlier change may have taken away what holds it.
+        with contextlib.suppress(LookupError, TypeError):
+            for key in place[:-1]:
+                holder = holder[key]
+            if removed == 0:
+                del holder[place[-1]]
+            else:
+                holder[place[-1]] = value
+    return content

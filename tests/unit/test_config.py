@@ -59,6 +59,8 @@ def test_sequence_parallelism_comes_with_tensor_parallelism() -> None:
             "trainer.max_steps: Value 'soon' of type 'str' could not be converted to Integer",
         ),
         ("trainer.max_steps=0", "trainer.max_steps=0 must be 1 or more"),
+        (f"trainer.max_steps={10**400}", "must be 1 or more"),
+        (f"model.optim.lr={10**400}", "int too large to convert to float"),
         ("trainer.precision=fp8", "trainer.precision=fp8 is not known; choose one of bf16, 32"),
         ("trainer.val_check_interval=2.5", "must be a whole number of steps"),
         (

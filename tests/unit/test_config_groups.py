@@ -54,6 +54,37 @@ def test_what_cannot_be_chosen_is_one_sentence(yaml: Path, override: str, messag
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: [", "my.yaml cannot be read: while parsing"),
+        ("model: \xff", "my.yaml cannot be read: 'utf-8' codec can't decode byte"),
+        ("model: ${", "my.yaml cannot be read: "),
+        ("8", "my.yaml cannot be read: Invalid loaded object type: int"),
+        ("'8'", "my.yaml must hold keys with their values, such as seed: 1"),
+        ("[1, 2]", "my.yaml must hold keys with their values, not [1, 2]"),
+        (
+            "defaults: 3",
+            "my.yaml: defaults must be a list of names and of groups with what to take, such as [schema,",
+        ),
+        ("defaults: [{}]", "defaults must be a list"),
+        ("defaults: [base]", "my.yaml: defaults has base, and there is no base.yaml beside it"),
+        ("defaults: [gpu: [a]]", "my.yaml: defaults has gpu: ['a']; give the name of one of its files"),
+        ("defaults: [tpu: v5]", "has no group of settings tpu; remove tpu=v5"),
+        ("defaults: [schema, gpu: b, _self_]", "b.yaml cannot be read: while parsing"),
+        ("defaults: [schema, _self_]\ntrainer: {max_steps: a}", "my.yaml: "),
+    ],
+)
+def test_a_yaml_that_is_not_as_it_must_be_is_one_sentence(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_bytes(text.encode("latin-1"))
+    (tmp_path / "gpu").mkdir()
+    (tmp_path / "gpu" / "b.yaml").write_text("model: {")
+    with pytest.raises(ConfigError) as caught:
+        compose_config(tmp_path / "my.yaml", [])
+    assert message in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+
+
 def main_job(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "examples" / "mpo_gpt.py"), "--config-name", "llama3_8b"]
     return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=200, cwd=ROOT)

@@ -1,7 +1,10 @@
 """Whatever stands in a YAML or on the command line: a configuration or one sentence, never anything else."""
 
+import math
+import tempfile
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +15,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mpo_megatron import objectives
-from mpo_megatron.config import Config, as_yaml, check_overrides, parse
+from mpo_megatron.config import Config, MpoConfig, as_yaml, check_overrides, parse
+from mpo_megatron.config.groups import compose_config
 from mpo_megatron.errors import ConfigError
-from tests.helpers.fuzzing import SCALARS, TEXT, TRIED, check_message, tries
+from tests.helpers.fuzzing import SCALARS, TEXT, TRIED, changed, check_message, damaged, tries
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,6 +37,7 @@ def paths_of(schema: type, prefix: str = "") -> Iterator[str]:
 
 
 PATHS = sorted(paths_of(Config))
+KEYS_OF_MPO = [field.name for field in fields(MpoConfig)]
 WORDS = st.sampled_from(
     ["???", "null", "bf16", "32", "auto", "cpu", "cached", "none", "dpo", "wmpo", "simpo", "full", "uniform", "hybrid",
      "error", "skip", "0.5", "1e9", "-1", "2", "${model.optim.lr}", "${nothing}", "${", "a=b", "[1,2]", "{a: 1}"]
@@ -55,10 +60,24 @@ def check(raw: Any) -> None:
         check_message(error)
         TRIED["refused"] += 1
     else:
-        # What is taken can be written down and taken again.
-        written: Any = OmegaConf.create(yaml.safe_load(yaml.safe_dump(as_yaml(config))))
-        assert parse(written) == config
+        # What is taken can be written down and taken again; as text, for NaN is not equal to itself.
+        written: Any = OmegaConf.create(yaml.safe_load(yaml.safe_dump(as_yaml(config), sort_keys=False)))
+        assert repr(parse(written)) == repr(config)
         TRIED["taken"] += 1
+        check_hyper_parameters(config)
+
+
+def check_hyper_parameters(config: Config) -> None:
+    """Numbers that an objective can compute with, or a sentence."""
+    given = config.model.mpo.hyper_parameters
+    try:
+        settled = objectives.settle(objectives.get(config.model.mpo.objective), given, KEYS_OF_MPO)
+    except ConfigError as error:
+        check_message(error)
+        TRIED["hyper-parameters refused"] += 1
+    else:
+        assert all(isinstance(value, str) or math.isfinite(value) for value in settled.values())
+        TRIED["hyper-parameters taken"] += 1
 
 
 @tries(120)
@@ -83,6 +102,40 @@ def test_any_mapping(mapping: dict[Any, Any]) -> None:
     except (OmegaConfBaseException, ValueError, TypeError):
         return
     check(raw)
+
+
+WHOLE = {
+    "defaults": ["schema", {"gpu": "h100"}, "_self_"],
+    "name": "my",
+    "trainer": {"precision": 32, "max_steps": 3},
+    "exp_manager": {"exp_dir": "e", "name": "${name}"},
+    "model": {"restore_from_path": "m", "data": {"train": "t"}, "mpo": {"objective": "mpo", "beta": 0.1}},
+}
+GPU = {"model": {"tensor_model_parallel_size": 2}}
+PIECES = (b"\n", b":", b"[", b"{", b"- ", b"${", b"!!", b"&a", b"*a", b"\t", b"\xff")
+
+
+def as_bytes(content: Any) -> bytes:
+    return yaml.safe_dump(content, sort_keys=False).encode()
+
+
+@tries(120)
+@given(
+    changed(WHOLE, VALUES).map(as_bytes) | VALUES.map(as_bytes) | damaged(as_bytes(WHOLE), PIECES),
+    st.just(as_bytes(GPU)) | changed(GPU, VALUES).map(as_bytes),
+)
+def test_any_yaml(content: bytes, group: bytes) -> None:
+    """Of the user's own, with a file of a group."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "gpu").mkdir()
+        (Path(folder) / "my.yaml").write_bytes(content)
+        (Path(folder) / "gpu" / "h100.yaml").write_bytes(b"# @package _global_\n" + group)
+        try:
+            compose_config(Path(folder) / "my.yaml", [])
+            TRIED["YAMLs taken"] += 1
+        except ConfigError as error:
+            check_message(error)
+            TRIED["YAMLs refused"] += 1
 
 
 @tries(100)

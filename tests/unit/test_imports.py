@@ -19,7 +19,8 @@ PACKAGE = "mpo_megatron"
 MAY_IMPORT = {
     "__init__": {"objectives"},
     "errors": set(),
-    "config": set(),
+    "finite": set(),
+    "config": {"finite", "overrides"},
     "overrides": set(),
     "means": set(),
     "pretrained": set(),
@@ -28,9 +29,9 @@ MAY_IMPORT = {
     "scheduling": {"config", "data", "ragged"},
     "runtime": {"config"},
     "model": {"config", "data", "pretrained", "ragged", "scheduling", "runtime"},
-    "objectives": {"config", "data", "ragged", "scheduling"},
+    "objectives": {"config", "data", "finite", "ragged", "scheduling"},
     "conversion": {"config", "data", "pretrained", "ragged", "scheduling", "model", "runtime"},
-    "rollout": {"config", "data", "means", "pretrained"},
+    "rollout": {"config", "data", "finite", "means", "pretrained"},
     "evaluation": {"config", "data", "means", "rollout"},
     "comparison": {"config", "means", "objectives", "overrides", "rollout", "runtime"},
     "rounds": {

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mpo_megatron.comparison import samples
-from mpo_megatron.comparison.samples import Samples, as_arguments, sample
+from mpo_megatron.comparison.samples import Samples, sample
 from mpo_megatron.errors import UserError
 
 TOOL = """
@@ -74,14 +74,3 @@ def test_what_goes_wrong_is_one_sentence(tools: Path, model: Path, tmp_path: Pat
         UserError, match=r"has samples that were made with .*p\.jsonl.*remove samples\.json and"
     ):
         sample(other, model, tmp_path / "run")
-
-
-def test_options_as_a_command_line_has_them() -> None:
-    options = {
-        "top_p": 0.5,
-        "leave-out-failed": True,
-        "limit": None,
-        "summary": False,
-        "judge-range": [1, 10],
-    }
-    assert as_arguments(options) == ["--top-p", "0.5", "--leave-out-failed", "--judge-range", "1", "10"]

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from mpo_megatron.errors import UserError
-from mpo_megatron.rounds.config import arguments, read_config
+from mpo_megatron.rounds.config import read_config
 from mpo_megatron.runtime.commands import ROOT
 
 EXAMPLES = ROOT / "conf" / "rounds"
@@ -58,14 +58,6 @@ def test_the_rates_of_the_paper() -> None:
     assert "model.mpo.beta=0.01" in config.overrides(1)
     assert config.sampling(1)["samples"] == 5
     assert {"model.data.keep_best=2", "model.data.keep_worst=2"} <= set(config.overrides(1))
-
-
-def test_options_as_a_command_line() -> None:
-    options = {"top_p": 0.5, "leave-out-failed": True, "device": None, "quiet": False, "judge_range": [1, 10],
-               "judge-options": {"temperature": 0}}  # fmt: skip
-    assert arguments(options) == [
-        "--top-p", "0.5", "--leave-out-failed", "--judge-range", "1", "10", "--judge-options", '{"temperature": 0}',
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mpo_megatron.runtime.commands import ROOT, run_to_end, torchrun, what_failed
+from mpo_megatron.runtime.commands import ROOT, as_arguments, run_to_end, torchrun, what_failed
 
 # A program that starts another one and waits for it.
 PARENT = """
@@ -131,3 +131,11 @@ def test_a_signal_while_a_command_is_forked_ends_it(tmp_path: Path) -> None:
     )
     assert done.returncode == -signal.SIGINT  # of a KeyboardInterrupt that nobody catches
     assert done.stderr.rstrip().endswith("KeyboardInterrupt")
+
+
+def test_options_as_a_command_line() -> None:
+    options = {"top_p": 0.5, "leave-out-failed": True, "device": None, "quiet": False, "judge_range": [1, 10],
+               "judge-options": {"temperature": 0}}  # fmt: skip
+    assert as_arguments(options) == [
+        "--top-p", "0.5", "--leave-out-failed", "--judge-range", "1", "10", "--judge-options", '{"temperature": 0}',
+    ]  # fmt: skip
