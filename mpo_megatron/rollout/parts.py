@@ -129,8 +129,10 @@ def begin(output: Path, settings: Mapping[str, Any], inputs: Mapping[str, str]) 
         inputs: a digest of each record by its id, in their order.
 
     Raises:
-        UserError: the folder was begun with other settings or inputs, or another run holds it.
+        UserError: the folder was begun with other settings or inputs, another run holds it, or `output` is a folder.
     """
+    if output.is_dir():  # said before anything is done, not when all of it is
+        raise UserError(f"{output} is a folder; give the name of a file")
     folder = output.with_name(output.name + ".parts")
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / "lock", timeout=0)

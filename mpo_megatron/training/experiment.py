@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from mpo_megatron.config import Config
 from mpo_megatron.errors import ConfigError
 from mpo_megatron.training.metrics_file import MetricsFile
+from mpo_megatron.training.report import say
 
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -34,6 +35,11 @@ class Experiment:
         self.folder = folder
         self.loggers = loggers
         self._lines = MetricsFile(folder / METRICS_FILE)
+        if self._lines.damaged:
+            say(
+                f"warning: {folder / METRICS_FILE} had {self._lines.damaged} damaged lines, which are dropped: the "
+                "metrics of these steps are lost, and nothing else"
+            )
         self.history = self._lines.read
         self.rewind = self._lines.rewind
 

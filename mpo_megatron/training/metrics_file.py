@@ -11,8 +11,14 @@ from mpo_megatron.errors import CheckpointError
 class MetricsFile:
     """The lines of a run, those of its earlier starts included. A last line that was being written is dropped.
 
+    So are lines that are none of this file's, as a machine that lost its power leaves them: zeros for what was not yet
+    on the disk. The run goes on without them.
+
     Args:
         path: the file; made if it is not there.
+
+    Attributes:
+        damaged: how many such lines there were.
 
     Raises:
         CheckpointError: the file cannot be written, here and in all that writes.
@@ -20,7 +26,10 @@ class MetricsFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._keep(path.read_bytes().rpartition(b"\n")[0].splitlines() if path.is_file() else [])
+        lines = path.read_bytes().rpartition(b"\n")[0].splitlines() if path.is_file() else []
+        readable = [line for line in lines if _is_ours(line)]
+        self.damaged = len(lines) - len(readable)
+        self._keep(readable)
 
     def append(self, line: dict[str, Any]) -> None:
         """Write one line to the file system."""
@@ -60,3 +69,11 @@ class MetricsFile:
             f"{self._path} cannot be written ({error.strerror or error}); make room, then the same command goes on "
             "from the newest checkpoint with exp_manager.resume_if_exists=true"
         )
+
+
+def _is_ours(line: bytes) -> bool:
+    try:
+        values = json.loads(line)
+        return isinstance(values["step"], int) and isinstance(values["split"], str)
+    except (ValueError, RecursionError, TypeError, KeyError):
+        return False

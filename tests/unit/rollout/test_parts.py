@@ -45,6 +45,12 @@ def run(output: Path, records=RECORDS, settings=SETTINGS, start=start_lengths, p
     return [record["id"] for record in waiting]
 
 
+def test_a_folder_as_output_is_said_before_anything_is_done(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"{tmp_path} is a folder; give the name of a file"):
+        run(tmp_path, start=stop_after(0))
+    assert list(tmp_path.parent.glob(f"{tmp_path.name}*")) == [tmp_path]
+
+
 def stop_after(batches: int):
     """A `StartWorker` whose worker fails when so many batches are done."""
     left = iter(range(batches))

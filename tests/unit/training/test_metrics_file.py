@@ -1,5 +1,6 @@
 """metrics.jsonl: what a killed or refused write leaves of it."""
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -9,7 +10,7 @@ from nemo.utils import exp_manager
 
 from mpo_megatron.config import Config
 from mpo_megatron.errors import CheckpointError
-from mpo_megatron.training.experiment import start_experiment
+from mpo_megatron.training.experiment import Experiment, start_experiment
 from mpo_megatron.training.metrics_file import MetricsFile
 
 
@@ -30,6 +31,26 @@ def test_a_line_that_was_being_written_is_dropped(half: bytes, tmp_path: Path) -
     second.append(line(3))
     assert second.read() == [line(1), line(2), line(3)]
     second.close()
+
+
+@pytest.mark.parametrize(
+    "damage", [bytes(40), b"\xff\xfe", b"{}", b"[" * 5000, b'{"step": "1", "split": "train"}', b"3"]
+)
+def test_damaged_lines_are_dropped_and_said(
+    damage: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    whole = [json.dumps(line(step)).encode() for step in (1, 2)]
+    path.write_bytes(b"\n".join([whole[0], damage, whole[1], damage]) + b"\n")
+    experiment = Experiment(tmp_path, [])
+    assert experiment.history() == [line(1), line(2)]
+    assert "metrics.jsonl had 2 damaged lines, which are dropped" in capsys.readouterr().out
+    experiment.rewind(1)
+    experiment.close()
+    again = Experiment(tmp_path, [])
+    assert again.history() == [line(1)]
+    assert capsys.readouterr().out == ""
+    again.close()
 
 
 def test_rewound_and_written_again(tmp_path: Path) -> None:
