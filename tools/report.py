@@ -19,6 +19,7 @@ from mpo_megatron.errors import UserError
 from mpo_megatron.evaluation.pairs import matched, read_scored
 from mpo_megatron.means import mean_and_error
 from mpo_megatron.rollout.rewards import mean_score, summarise
+from mpo_megatron.training.metrics_file import read_metrics
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -44,8 +45,7 @@ def validation_figures(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the run has not validated before and after training.
     """
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    found = [line for line in lines if line["split"] == "validation"]
+    found = [line for line in read_metrics(path) if line["split"] == "validation"]
     if len(found) < 2:
         raise UserError(
             f"{path} has {len(found)} validations; a report needs one before and one after training"

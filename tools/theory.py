@@ -236,10 +236,10 @@ def _error(probability: float, draws: int) -> float:
 
 def read_scores(path: Path) -> list[list[float]]:
     """The scores of each group of a JSONL file."""
-    lines = path.read_text(encoding="utf-8").splitlines()
     try:
+        lines = path.read_text(encoding="utf-8").splitlines()
         groups = [[float(response["score"]) for response in json.loads(line)["responses"]] for line in lines]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"not groups of scored responses ({error})") from error
     if not groups or min(map(len, groups)) < 2:
         raise UserError("every group needs two responses or more")

@@ -33,13 +33,7 @@ def first_turns(questions: Sequence[Question]) -> list[Record]:
 
     Raises UserError for a question that does not have two turns.
     """
-    records = []
-    for question in questions:
-        said = question["turns"]
-        if len(said) != 2 or not all(isinstance(text, str) and text.strip() for text in said):
-            raise UserError(f"question {question['question_id']} has turns={said!r}; it needs two texts")
-        records.append(_record(question, 1, said[0]))
-    return records
+    return [_record(question, 1, _turns(question)[0]) for question in questions]
 
 
 def second_turns(questions: Sequence[Question], groups: Sequence[Record]) -> list[Record]:
@@ -66,7 +60,7 @@ def answers(
         groups: the answers to `second_turns`.
         time: seconds since 1970 at which they were sampled.
 
-    Raises UserError if one is missing.
+    Raises UserError if one is missing, or for a question that does not have two turns.
     """
     said = {group["id"]: group["prompt"] for group in groups}
     asked = []
@@ -97,9 +91,16 @@ def _record(question: Question, turn: int, prompt: Any) -> Record:
 
 
 def _conversation(question: Question, answer: str) -> list[dict[str, str]]:
-    first, second = question["turns"]
+    first, second = _turns(question)
     return [
         {"role": "user", "content": first},
         {"role": "assistant", "content": answer},
         {"role": "user", "content": second},
     ]
+
+
+def _turns(question: Question) -> list[str]:
+    said: list[str] = question["turns"]
+    if len(said) != 2 or not all(isinstance(text, str) and text.strip() for text in said):
+        raise UserError(f"question {question['question_id']} has turns={said!r}; it needs two texts")
+    return said

@@ -6,7 +6,7 @@ from typing import Any
 
 from mpo_megatron.data.readers import read_records
 from mpo_megatron.errors import UserError
-from mpo_megatron.rollout.records import Record
+from mpo_megatron.rollout.records import Record, check_readable
 
 Question = dict[str, Any]
 
@@ -27,6 +27,7 @@ def read_questions(path: Path, fields: Mapping[str, type | tuple[type, ...]]) ->
                 raise UserError(
                     f"{where}: {name}={value!r}; a question of this benchmark has {needed}: give its own file"
                 )
+        check_readable(question, where)
         questions.append(question)
     if not questions:
         raise UserError(f"{path}: holds no questions")

@@ -51,6 +51,13 @@ def prompt_text(record: Record) -> str:
     return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in said)
 
 
+def check_readable(record: Record, where: str) -> None:
+    """Raise UserError for half a character in any field: all of a record is written again, and UTF-8 cannot say it."""
+    for name, value in record.items():
+        for text in (name, json.dumps(value, ensure_ascii=False)):
+            readable(text, f"the field {name!r}", where)
+
+
 def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Writes one JSON object a line, under a temporary name first: a run that dies leaves no half file."""
     _write(path, (json.dumps(record, ensure_ascii=False) + "\n" for record in records))
@@ -83,10 +90,7 @@ def _read(path: Path, check: Callable[[object], None]) -> list[Record]:
                 raise UserError(f"the id {record['id']!r} occurs twice; give every prompt its own")
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        # All of it is written again, fields that nothing here reads among them.
-        for name, value in record.items():
-            for text in (name, json.dumps(value, ensure_ascii=False)):
-                readable(text, f"the field {name!r}", where)
+        check_readable(record, where)
         seen.add(record["id"])
         records.append(record)
     if not records:

@@ -27,9 +27,9 @@ class MetricsFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         lines = path.read_bytes().rpartition(b"\n")[0].splitlines() if path.is_file() else []
-        readable = [line for line in lines if _is_ours(line)]
-        self.damaged = len(lines) - len(readable)
-        self._keep(readable)
+        whole = [line for line in lines if _is_ours(line)]
+        self.damaged = len(lines) - len(whole)
+        self._keep(whole)
 
     def append(self, line: dict[str, Any]) -> None:
         """Write one line to the file system."""
@@ -44,7 +44,7 @@ class MetricsFile:
 
     def read(self) -> list[dict[str, Any]]:
         """All lines so far."""
-        return [json.loads(line) for line in self._path.read_bytes().splitlines()]
+        return read_metrics(self._path)
 
     def rewind(self, step: int) -> None:
         """Drop the lines after `step`."""
@@ -69,6 +69,14 @@ class MetricsFile:
             f"{self._path} cannot be written ({error.strerror or error}); make room, then the same command goes on "
             "from the newest checkpoint with exp_manager.resume_if_exists=true"
         )
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file, of a run that may still write it; those that are damaged are left out.
+
+    Raises OSError if it cannot be read.
+    """
+    return [json.loads(line) for line in path.read_bytes().splitlines() if _is_ours(line)]
 
 
 def _is_ours(line: bytes) -> bool:
