@@ -78,6 +78,12 @@ def load_model(kind: Any, folder: str | Path, *, dtype: Any, device: Any) -> Any
     return model.to(device).eval()
 
 
+def positions_of(config: Any) -> int | None:
+    """The longest sequence that a model was trained for, by its configuration; None if that does not say."""
+    found: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found
+
+
 @contextlib.contextmanager
 def _in_a_sentence(kind: type[UserError], problem: str, mend: str) -> Iterator[None]:
     """Whatever transformers, tokenizers and safetensors raise, as one error: they have no common kind."""

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from mpo_megatron.pretrained import load_model
 from mpo_megatron.rollout.devices import dtype_of, place
 from mpo_megatron.rollout.records import Record
-from mpo_megatron.rollout.sampling import chat_tokenizer, encode
+from mpo_megatron.rollout.sampling import chat_tokenizer, check_length, encode
 from mpo_megatron.rollout.work import Worker
 
 # Responses that go through the model together.
@@ -46,9 +46,16 @@ class LogProbs:
         self._model = load_model(AutoModelForCausalLM, folder, dtype=dtype_of(dtype), device=device)
 
     def __call__(self, groups: list[Record]) -> tuple[list[dict[str, Any]], int]:
-        """{"log_probs": [...], "tokens": [...]} of each group's responses, and the number of tokens of all."""
+        """{"log_probs": [...], "tokens": [...]} of each group's responses, and the number of tokens of all.
+
+        Raises UserError for a group that the template refuses, or that is longer than the model's positions.
+        """
         prompts = [encode(self._tokenizer, group) for group in groups]
         responses = [[response_ids(self._tokenizer, one) for one in group["responses"]] for group in groups]
+        for group, prompt, answers in zip(groups, prompts, responses, strict=True):
+            longest = len(prompt) + max(map(len, answers))
+            asked = f"group {group['id']!r}: its prompt and the longest response"
+            check_length(self._model, longest, asked, "shorten them")
         with torch.inference_mode():
             found = log_probs(self._model, self._tokenizer, prompts, responses, self._device)
         values = iter(found.tolist())

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification
 
 from mpo_megatron.data.chat import render
 from mpo_megatron.errors import UserError
-from mpo_megatron.pretrained import load_config, load_model, load_tokenizer
+from mpo_megatron.pretrained import load_config, load_model, load_tokenizer, positions_of
 from mpo_megatron.rollout.armo_rm import ArmoRM
 from mpo_megatron.rollout.devices import dtype_of
 from mpo_megatron.rollout.records import Record, prompt_text, turns
@@ -56,8 +56,7 @@ class RewardModel:
         self._model = _load(folder, config, self._tokenizer, dtype=dtype_of(dtype), device=device)
         self._device = device
         self._batch_tokens = batch_tokens
-        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-        self._max_length = max_length or positions or 1 << 30
+        self._max_length = max_length or positions_of(config) or 1 << 30
         self._weights = _fitting(weights, 1 if isinstance(self._model, ArmoRM) else config.num_labels)
 
     def __call__(self, groups: list[Record]) -> tuple[list[list[float] | Failure], int]:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from mpo_megatron.data.chat import render
 from mpo_megatron.errors import UserError
-from mpo_megatron.pretrained import load_model, load_tokenizer
+from mpo_megatron.pretrained import load_model, load_tokenizer, positions_of
 from mpo_megatron.rollout.devices import dtype_of
 from mpo_megatron.rollout.generation import Sampling, temperature_of, uniforms
 from mpo_megatron.rollout.records import Record, turns
@@ -43,12 +43,17 @@ class HuggingFaceSampler:
     def __call__(self, records: list[Record]) -> tuple[list[list[dict[str, str]]], int]:
         """Samples responses to each record's "prompt", in the model's chat template.
 
+        Raises UserError for a prompt that the template refuses, or that leaves no positions for the longest answer.
+
         Returns lists of {"text", "finish_reason"} in the order of `records`, and the number of tokens sampled. The
         finish reason is "stop" if the model ended its turn, "length" if `max_new_tokens` cut it off; the text is what
         the tokenizer decodes without special tokens, not stripped.
         """
         samples, length = self._sampling.samples, self._sampling.max_new_tokens
         inputs = [encode(self._tokenizer, record) for record in records]
+        for record, ids in zip(records, inputs, strict=True):
+            asked = f"record {record['id']!r}: its prompt of {len(ids)} and the {length} of --max-new-tokens"
+            check_length(self._model, len(ids) + length, asked, "lower that")
         batch = self._tokenizer.pad({"input_ids": inputs}, return_tensors="pt").to(self._device)
         draws = [
             uniforms(self._sampling.seed, record["id"], sample, length)
@@ -185,6 +190,15 @@ def chat_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def check_length(model: PreTrainedModel, tokens: int, asked: str, mend: str) -> None:
+    """Raises UserError for a sequence beyond the model's positions, where what it computes means nothing."""
+    positions = positions_of(model.config)
+    if positions is not None and tokens > positions:
+        raise UserError(
+            f"{asked} are {tokens} tokens, and the model takes {positions}; {mend}, or leave it out"
+        )
 
 
 def stop_ids(from_model: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:

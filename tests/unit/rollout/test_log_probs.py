@@ -113,3 +113,11 @@ def test_a_tokenizer_without_a_template_is_one_sentence(model: Path, tmp_path: P
     (tmp_path / "model" / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match="has no chat template"):
         LogProbs(str(tmp_path / "model"), dtype="float32", device="cpu")
+
+
+def test_a_group_beyond_the_models_positions_is_refused(model: Path) -> None:
+    answer = {"text": "A rainbow. " * 200, "finish_reason": "stop"}
+    long = GROUPS[1] | {"responses": [*GROUPS[1]["responses"], answer]}
+    message = r"group 'b': its prompt and the longest response are \d+ tokens, and the model takes 256; shorten them"
+    with pytest.raises(UserError, match=message):
+        LogProbs(str(model), dtype="float32", device="cpu")([GROUPS[0], long])

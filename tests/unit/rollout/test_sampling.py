@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mpo_megatron.errors import UserError
 from mpo_megatron.rollout.generation import Sampling, prompt_batches, uniforms
-from mpo_megatron.rollout.sampling import HuggingFaceSampler, draw_tokens, encode
+from mpo_megatron.rollout.sampling import HuggingFaceSampler, chat_tokenizer, draw_tokens, encode
 from tests.helpers.models import make_llama
 from tests.helpers.tokenizers import LLAMA2, make_tokenizer
 
@@ -258,3 +258,13 @@ def test_a_tokenizer_without_chat_template_is_refused(tmp_path):
     (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
     with pytest.raises(ValueError, match="no chat template"):
         sample(tmp_path)
+
+
+def test_what_the_model_has_no_positions_for_is_refused(model):
+    """It has 256; the longest answer may need the last of them."""
+    prompt = "The quick brown fox jumps over the lazy dog. " * 10
+    (ids,) = [encode(chat_tokenizer(str(model)), record) for record in records([prompt])]
+    sample(model, [prompt], samples=1, max_new_tokens=256 - len(ids))
+    message = f"record 'p0': its prompt of {len(ids)} and the 256 of --max-new-tokens are {len(ids) + 256} tokens, and "
+    with pytest.raises(UserError, match=f"{message}the model takes 256; lower that, or leave it out"):
+        sample(model, [prompt], samples=1, max_new_tokens=256)
