@@ -39,7 +39,12 @@ to {highest} (could not be better).
 </answer>"""
 
 _FIELD = re.compile(r"\{(prompt|response|lowest|highest)\}")
-_SCORE = re.compile(r"score\W*?(-?\d+(?:\.\d+)?)", re.IGNORECASE)
+# "Score (1-10): 8" is 8, and a range alone is no score.
+_SCORE = re.compile(
+    r"""score (?:\s*\([^()]*\))? (?:\s+(?:of|is))? \W*?
+        (-?\d++(?:\.\d++)?+) (?!-\d|–\d|\s+to\s+\d)""",
+    re.IGNORECASE | re.VERBOSE,
+)
 _AGAIN = (408, 409, 425, 429)
 
 
