@@ -55,7 +55,7 @@ class LogProbs:
         for group, prompt, answers in zip(groups, prompts, responses, strict=True):
             longest = len(prompt) + max(map(len, answers))
             asked = f"group {group['id']!r}: its prompt and the longest response"
-            check_length(self._model, longest, asked, "shorten them")
+            check_length(self._model.config, longest, asked, "shorten them")
         with torch.inference_mode():
             found = log_probs(self._model, self._tokenizer, prompts, responses, self._device)
         values = iter(found.tolist())

@@ -50,10 +50,7 @@ class HuggingFaceSampler:
         the tokenizer decodes without special tokens, not stripped.
         """
         samples, length = self._sampling.samples, self._sampling.max_new_tokens
-        inputs = [encode(self._tokenizer, record) for record in records]
-        for record, ids in zip(records, inputs, strict=True):
-            asked = f"record {record['id']!r}: its prompt of {len(ids)} and the {length} of --max-new-tokens"
-            check_length(self._model, len(ids) + length, asked, "lower that")
+        inputs = prompts_of(self._tokenizer, self._model.config, records, length)
         batch = self._tokenizer.pad({"input_ids": inputs}, return_tensors="pt").to(self._device)
         draws = [
             uniforms(self._sampling.seed, record["id"], sample, length)
@@ -192,9 +189,25 @@ def chat_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_length(model: PreTrainedModel, tokens: int, asked: str, mend: str) -> None:
-    """Raises UserError for a sequence beyond the model's positions, where what it computes means nothing."""
-    positions = positions_of(model.config)
+def prompts_of(
+    tokenizer: PreTrainedTokenizerBase, config: Any, records: Sequence[Record], max_new_tokens: int
+) -> list[list[int]]:
+    """`encode` of each record.
+
+    Raises UserError as that does, and for a prompt that leaves no positions for the longest answer.
+    """
+    found = [encode(tokenizer, record) for record in records]
+    for record, ids in zip(records, found, strict=True):
+        asked = (
+            f"record {record['id']!r}: its prompt of {len(ids)} and the {max_new_tokens} of --max-new-tokens"
+        )
+        check_length(config, len(ids) + max_new_tokens, asked, "lower that")
+    return found
+
+
+def check_length(config: Any, tokens: int, asked: str, mend: str) -> None:
+    """Raises UserError for a sequence beyond a model's positions, where what it computes means nothing."""
+    positions = positions_of(config)
     if positions is not None and tokens > positions:
         raise UserError(
             f"{asked} are {tokens} tokens, and the model takes {positions}; {mend}, or leave it out"

@@ -10,9 +10,10 @@ import os
 from typing import Any
 
 from mpo_megatron.errors import UserError
+from mpo_megatron.pretrained import load_config
 from mpo_megatron.rollout.generation import Sampling, temperature_of
 from mpo_megatron.rollout.records import Record
-from mpo_megatron.rollout.sampling import chat_tokenizer, encode, response, stop_ids
+from mpo_megatron.rollout.sampling import chat_tokenizer, prompts_of, response, stop_ids
 
 
 class VllmSampler:
@@ -35,6 +36,7 @@ class VllmSampler:
 
         self._sampling = sampling
         self._params = SamplingParams
+        self._config = load_config(model_path)
         self._tokenizer = chat_tokenizer(model_path)
         try:
             named = GenerationConfig.from_pretrained(model_path).eos_token_id
@@ -52,8 +54,9 @@ class VllmSampler:
 
     def __call__(self, records: list[Record]) -> tuple[list[list[dict[str, str]]], int]:
         """Samples responses to each record's "prompt"; see `sampling.HuggingFaceSampler`."""
+        prompts = prompts_of(self._tokenizer, self._config, records, self._sampling.max_new_tokens)
         outputs = self._engine.generate(
-            [{"prompt_token_ids": encode(self._tokenizer, record)} for record in records],
+            [{"prompt_token_ids": ids} for ids in prompts],
             [self._parameters(record) for record in records],
             use_tqdm=False,
         )
