@@ -81,6 +81,15 @@ LEAST: dict[str, float] = {
         0,
     ),
 }
+PATHS = (
+    "model.restore_from_path",
+    "model.export_path",
+    "model.mpo.reference_from_path",
+    "model.data.train",
+    "model.data.validation",
+    "model.data.cache_dir",
+)
+_LONGEST_NAME = 255  # bytes, of a file on any usual file system
 POSITIVE = ("model.optim.lr", "model.optim.eps")
 
 
@@ -95,6 +104,12 @@ def check(config: Config) -> None:
         value = attrgetter(key)(config)
         if value is not None:
             _one_of(key, value, allowed)
+    for key in PATHS:
+        value = attrgetter(key)(config)
+        if any(len(name.encode(errors="replace")) > _LONGEST_NAME for name in (value or "").split("/")):
+            raise ConfigError(
+                f"{key}={value} has a name of more than {_LONGEST_NAME} bytes, which no file can have"
+            )
     for key, least in LEAST.items():
         value = attrgetter(key)(config)
         if value is not None:

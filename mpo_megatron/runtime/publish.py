@@ -119,6 +119,20 @@ def cannot_write(final: Path, error: OSError) -> CheckpointError:
     )
 
 
+def check_writable(final: Path) -> None:
+    """Check that a folder can be made, long before it is: what is above it is made, and written to.
+
+    Raises:
+        CheckpointError: the file system refuses.
+    """
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=final.parent):
+            pass
+    except OSError as error:
+        raise cannot_write(final, error) from error
+
+
 def check_space(final: Path, needed_bytes: int) -> None:
     """Check before anything is written that the folder will fit.
 

@@ -20,6 +20,7 @@ from mpo_megatron.conversion.restore import load_megatron_weights
 from mpo_megatron.model.fp8 import Fp8
 from mpo_megatron.model.provider import build_model, unwrap
 from mpo_megatron.runtime.parallel import raising_together
+from mpo_megatron.runtime.publish import check_writable
 from mpo_megatron.training.checkpoint_writer import CheckpointWriter
 from mpo_megatron.training.data_parallel import wrap_data_parallel
 from mpo_megatron.training.experiment import CHECKPOINTS, Experiment, start_experiment
@@ -133,6 +134,8 @@ def _open_experiment(setup: Setup) -> tuple[Experiment | None, Path]:
     experiment, trainer = None, setup.config.trainer
     with raising_together(setup.layout):
         if setup.layout.is_main:
+            if setup.config.model.export_path:
+                check_writable(Path(setup.config.model.export_path).expanduser())
             experiment = start_experiment(setup.config)
     # The working directory may be another on another node.
     found = [str(experiment.folder.absolute()) if experiment else ""]

@@ -623,6 +623,7 @@ def test_the_best_and_the_newest_checkpoints_are_kept(
         ("model.tensor_model_parallel_size=4", "4 attention heads and 2 key-value heads; use one of 1, 2"),
         ("model.tensor_model_parallel_size=2", "1 rank cannot be cut into models of tensor 2"),
         ("model.data.train=absent.jsonl", "absent.jsonl"),
+        ("model.export_path=/dev/null/model", "/dev/null/model cannot be written (File exists)"),
         ("model.restore_from_path=nowhere", "nowhere is neither a Hugging Face folder (it has no config.json) nor"),
         ("model.mpo.objective=dpoo", "model.mpo.objective=dpoo is not known; choose one of dpo, dpo_all_pairs"),
         ("model.mpo.objective=simpo", "add model.mpo.alpha=null model.mpo.gamma=... to the command"),

@@ -59,6 +59,7 @@ def test_sequence_parallelism_comes_with_tensor_parallelism() -> None:
             "trainer.max_steps: Value 'soon' of type 'str' could not be converted to Integer",
         ),
         ("trainer.max_steps=0", "trainer.max_steps=0 must be 1 or more"),
+        (f"model.data.train=a/{'é' * 128}/b", "has a name of more than 255 bytes, which no file can have"),
         (f"trainer.max_steps={10**400}", "must be 1 or more"),
         (f"model.optim.lr={10**400}", "int too large to convert to float"),
         ("trainer.precision=fp8", "trainer.precision=fp8 is not known; choose one of bf16, 32"),

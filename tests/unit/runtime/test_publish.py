@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from mpo_megatron.runtime.publish import published
+from mpo_megatron.errors import CheckpointError
+from mpo_megatron.runtime.publish import check_writable, published
 
 # Says that it is inside, and stays there until its input ends.
 WRITER = """
 import sys
 from pathlib import Path
-from mpo_megatron.runtime.publish import published
+from mpo_megatron.errors import CheckpointError
+from mpo_megatron.runtime.publish import check_writable, published
 with published(Path(sys.argv[1])) as folder:
     (folder / "part").write_text("a part")
     print(folder.name, flush=True)
@@ -63,3 +65,13 @@ def test_what_another_process_writes_stays(
     assert process.returncode == 0
     assert names(tmp_path) == {"final"}
     assert names(tmp_path / "final") == {"part"}
+
+
+def test_what_cannot_be_made_is_said_before_it_is_needed(tmp_path: Path) -> None:
+    final = tmp_path / "a" / "b" / "model"
+    check_writable(final)
+    assert list(final.parent.iterdir()) == []
+    (tmp_path / "file").touch()
+    for wrong in (tmp_path / "file" / "model", Path("/proc/nope/model")):
+        with pytest.raises(CheckpointError, match=f"{wrong} cannot be written \\("):
+            check_writable(wrong)
