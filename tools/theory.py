@@ -11,7 +11,6 @@ Exits with 1 if one is not as stated.
 
 import argparse
 import itertools
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from rich.table import Table
 from torch import Tensor
 
 from mpo_megatron.data.partition import partition_by_mean
+from mpo_megatron.data.readers import read_groups
 from mpo_megatron.errors import UserError
 from mpo_megatron.objectives import GroupBatch
 from mpo_megatron.objectives.listwise import infonca
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         spacings = reward_spacing(read_scores(parsed.data))
     except (OSError, UserError) as error:
-        print(f"error: --data {parsed.data}: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
     curves = [reliability(n, 1.0, parsed.draws) for n in RESPONSES]
     checks = [
@@ -235,15 +235,11 @@ def _error(probability: float, draws: int) -> float:
 
 
 def read_scores(path: Path) -> list[list[float]]:
-    """The scores of each group of a JSONL file."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        groups = [[float(response["score"]) for response in json.loads(line)["responses"]] for line in lines]
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise UserError(f"not groups of scored responses ({error})") from error
-    if not groups or min(map(len, groups)) < 2:
-        raise UserError("every group needs two responses or more")
-    return groups
+    """The scores of each group of a file, in any shape that the job trains on."""
+    found = [[response.score for response in group.responses] for group in read_groups(path)]
+    if not found:
+        raise UserError(f"{path} holds no groups")
+    return found
 
 
 def reward_spacing(groups: Sequence[Sequence[float]]) -> dict[int, float]:

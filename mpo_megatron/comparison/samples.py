@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mpo_megatron.errors import UserError
+from mpo_megatron.rollout.records import read_groups
 from mpo_megatron.rollout.rewards import mean_score
 from mpo_megatron.runtime.commands import ROOT, as_arguments, run_to_end, what_failed
 
@@ -99,8 +100,7 @@ def sample(samples: Samples, model: Path, folder: Path) -> dict[str, float]:
         if not groups.is_file():
             _tool("generate", {"model": model, **samples.generate, "output": groups}, folder / LOG)
         _tool("score", {"input": groups, **samples.score, "output": scored}, folder / LOG)
-    lines = [json.loads(line) for line in scored.read_text(encoding="utf-8").splitlines()]
-    return {line["id"]: mean_score(line) for line in lines}
+    return {group["id"]: mean_score(group) for group in read_groups(scored, constraints=False)}
 
 
 def is_sampled(folder: Path) -> bool:

@@ -16,9 +16,11 @@ with (pathlib.Path(__file__).parent / "calls").open("a") as file:
     file.write(json.dumps([pathlib.Path(__file__).stem, given]) + "\\n")
 if given.get("--samples") == "0":
     sys.exit("generate.py: --samples 0 must be at least 1")
-groups = [{"id": name, "responses": [{"score": score} for score in scores]} for name, scores in
-          (("a", [1.0, 2.0]), ("b", [7.0]))]
-pathlib.Path(given["--output"]).write_text("".join(json.dumps(group) + "\\n" for group in groups))
+sampled = {"text": "Red, " + chr(0x2028) + "green", "finish_reason": "stop"}  # a line's end to str.splitlines
+groups = [{"id": name, "prompt": "Name.", "responses": [{**sampled, "score": score} for score in scores]}
+          for name, scores in (("a", [1.0, 2.0]), ("b", [7.0]))]
+lines = "".join(json.dumps(group, ensure_ascii=False) + "\\n" for group in groups)
+pathlib.Path(given["--output"]).write_text(lines, encoding="utf-8")
 """
 ASKED = Samples({"prompts": "p.jsonl", "samples": 2, "top_p": 0.85}, {"scorer": "constraints"}, [1])
 

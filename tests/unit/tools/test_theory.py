@@ -54,9 +54,9 @@ def test_spacing_by_hand() -> None:
     assert theory.reward_spacing([[0.0, 9.0, 3.0], [1.0, 2.0]]) == {2: (6.0 + 1.0) / 2, 3: 4.5}
 
 
-@pytest.mark.parametrize("content", ["{}", "[1]", "", '{"responses": [{"score": 1}]}'])
+@pytest.mark.parametrize("content", ["{}", "[1]", "", "{", '{"responses": [{"score": 1}]}'])
 def test_wrong_data_is_one_sentence(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "data.jsonl").write_text(content)
     assert theory.main(["--data", str(tmp_path / "data.jsonl")]) == 1
-    assert capsys.readouterr().err.startswith(f"error: --data {tmp_path / 'data.jsonl'}: ")
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'data.jsonl'}")
     assert theory.main(["--data", str(tmp_path / "absent.jsonl")]) == 1
