@@ -180,10 +180,17 @@ def _inverse(weights: Tensor, draws: Tensor) -> Tensor:
 
 
 def chat_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, padding on the left; raises UserError if it has no chat template."""
+    """The tokenizer of a folder, padding on the left.
+
+    Raises UserError if it has no chat template, or does not name the token that ends a turn.
+    """
     tokenizer = load_tokenizer(model_path, padding_side="left")
     if tokenizer.chat_template is None:
         raise UserError(f"the tokenizer in {model_path} has no chat template; use an instruct model's folder")
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer in {model_path} names no end-of-turn token; add eos_token to its tokenizer_config.json"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -215,14 +222,9 @@ def check_length(config: Any, tokens: int, asked: str, mend: str) -> None:
 
 
 def stop_ids(from_model: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The end-of-turn tokens: what the generation config names and the tokenizer's own; raises UserError for none."""
+    """The end-of-turn tokens: what the generation config names and the tokenizer's own."""
     named = from_model if isinstance(from_model, list) else [from_model]
-    found = sorted({token for token in [*named, tokenizer.eos_token_id] if token is not None})
-    if not found:
-        raise UserError(
-            "neither the generation config nor the tokenizer names an end-of-turn token; add eos_token"
-        )
-    return found
+    return sorted({token for token in [*named, tokenizer.eos_token_id] if token is not None})
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, record: Record) -> list[int]:

@@ -256,7 +256,18 @@ def test_a_tokenizer_without_chat_template_is_refused(tmp_path):
     make_llama(tmp_path)
     make_tokenizer(chat_template=None).save_pretrained(tmp_path)
     (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
-    with pytest.raises(ValueError, match="no chat template"):
+    with pytest.raises(UserError, match="no chat template"):
+        sample(tmp_path)
+
+
+def test_a_tokenizer_without_an_end_of_turn_is_refused(tmp_path):
+    make_llama(tmp_path)
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match=r"names no end-of-turn token; add eos_token to its tokenizer_config\.json"
+    ):
         sample(tmp_path)
 
 
