@@ -38,10 +38,11 @@ def groups(yaml: Path) -> dict[str, str]:
             f"_self_], not {defaults}"
         )
     found: dict[str, str] = {}
-    beside = {path.stem for path in yaml.parent.glob("*.yaml")} - {yaml.stem}
+    for base in {path.stem for path in yaml.parent.glob("*.yaml")}.intersection(
+        item for item in defaults if isinstance(item, str)
+    ):
+        _mapping(yaml.with_name(f"{base}.yaml"))
     for item in defaults:
-        if isinstance(item, str) and item not in {"schema", "_self_", *beside}:
-            raise ConfigError(f"{yaml}: defaults has {item}, and there is no {item}.yaml beside it")
         for group, choice in item.items() if isinstance(item, dict) else ():
             if not isinstance(choice, str | int):
                 raise ConfigError(
@@ -127,5 +128,5 @@ def compose_config(yaml: Path, overrides: Sequence[str]) -> Config:
     try:
         with initialize_config_dir(str(yaml.resolve().parent), version_base=None):
             return parse(compose(yaml.stem, list(overrides)))
-    except (HydraException, OmegaConfBaseException, OverflowError) as error:
+    except (HydraException, OmegaConfBaseException, OverflowError, OSError) as error:
         raise ConfigError(f"{yaml}: {' '.join(str(error).split())}") from error

@@ -68,7 +68,9 @@ def test_what_cannot_be_chosen_is_one_sentence(yaml: Path, override: str, messag
             "my.yaml: defaults must be a list of names and of groups with what to take, such as [schema,",
         ),
         ("defaults: [{}]", "defaults must be a list"),
-        ("defaults: [base]", "my.yaml: defaults has base, and there is no base.yaml beside it"),
+        ("defaults: [base]", "my.yaml: In 'my': Could not load 'base'"),
+        ("defaults: [" + "a" * 300 + "]", "File name too long"),
+        ("defaults: [broken]", "broken.yaml cannot be read: while parsing"),
         ("defaults: [gpu: [a]]", "my.yaml: defaults has gpu: ['a']; give the name of one of its files"),
         ("defaults: [tpu: v5]", "has no group of settings tpu; remove tpu=v5"),
         ("defaults: [schema, gpu: b, _self_]", "b.yaml cannot be read: while parsing"),
@@ -78,7 +80,8 @@ def test_what_cannot_be_chosen_is_one_sentence(yaml: Path, override: str, messag
 def test_a_yaml_that_is_not_as_it_must_be_is_one_sentence(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_bytes(text.encode("latin-1"))
     (tmp_path / "gpu").mkdir()
-    (tmp_path / "gpu" / "b.yaml").write_text("model: {")
+    for broken in (tmp_path / "gpu" / "b.yaml", tmp_path / "broken.yaml"):
+        broken.write_text("model: {")
     with pytest.raises(ConfigError) as caught:
         compose_config(tmp_path / "my.yaml", [])
     assert message in str(caught.value)
