@@ -131,8 +131,10 @@ def _begin(folder: Path, start: StartWorker) -> None:
     _process = _Process(folder, start)
     parent = multiprocessing.parent_process()
     assert parent is not None
-    # Killed while this process was still starting: the thread alone might see it after the first batch is begun.
-    if not parent.is_alive():
+    # Killed while this process was still starting: the thread alone might see it after the first batch is begun. What
+    # `is_alive` looks at is open until the last of the parent's threads has ended, which may be after the kernel has
+    # given this process another parent.
+    if os.getppid() != parent.pid or not parent.is_alive():
         os._exit(1)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 

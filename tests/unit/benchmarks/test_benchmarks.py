@@ -5,6 +5,7 @@ import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -85,12 +86,17 @@ def test_parts_go_by_the_ranges_around_and_backward_by_where_forward_was() -> No
             z.sum().backward()
         with torch.profiler.record_function("optimizer"):
             x.detach().add_(1)
-    parts = parts_of(found.events())
+    # Each event counts as a second, whatever it took.
+    parts = parts_of([
+        SimpleNamespace(
+            name=event.name, sequence_nr=event.sequence_nr, cpu_parent=event.cpu_parent,
+            time_range=event.time_range, self_cpu_time_total=1e6,
+        )
+        for event in found.events()
+    ])  # fmt: skip
     # Two products forward, of which one is attention's, and two backward of each.
-    assert set(parts.products) == {"forward", "attention", "backward"}
-    mean = parts.products.total() / 6
-    assert parts.products["attention"] > parts.products["forward"] + mean / 4
-    assert parts.seconds["backward"] > parts.products["backward"] > 0
+    assert parts.products == {"forward": 1, "attention": 3, "backward": 2}
+    assert parts.seconds["backward"] > parts.products["backward"]
     assert parts.seconds["optimizer"] > 0
     assert parts.seconds["Python"] > 0
 
