@@ -5,6 +5,7 @@ the model takes a tenth of it. The format (https://huggingface.co/docs/safetenso
 in front of the data, and these are known before any tensor is there. So only the tensor at hand is in memory.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -100,6 +101,13 @@ class WeightWriter:
                 os.fsync(file.fileno())
             self._file = None
 
+    def abandon(self) -> None:
+        """Close the open shard as it is: a file that is open keeps its room on a full disk, though it is removed."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # of what it has not written yet
+                self._file.close()
+            self._file = None
+
     def close(self) -> None:
         """Complete the last shard, and write the index where there are several."""
         assert not self._to_come, f"{self._to_come[-1][1]} was announced and not given"
@@ -136,6 +144,10 @@ def write_folder(
         writer = WeightWriter(temporary, shapes, dtype, max_shard_bytes)
         check_space(output, writer.total_bytes)
         copy_all_but_weights(source, temporary, dtype)
-        for name, tensor in tensors:
-            writer.add(name, tensor)
-        writer.close()
+        try:
+            for name, tensor in tensors:
+                writer.add(name, tensor)
+            writer.close()
+        except BaseException:
+            writer.abandon()
+            raise

@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -107,7 +108,11 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, small_disk: Path) -> 
         write(128)
     with pytest.raises(
         CheckpointError, match=r"cannot be written \(No space left on device\); nothing was left"
-    ):
+    ) as kept:
         write(32, taken=30_000)
+    # Nor is its room kept by a file that is open, for as long as the error is.
+    opened = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    assert [path for path in opened if path.startswith(str(small_disk))] == []
+    del kept
     assert sorted(path.read_bytes() for path in output.iterdir()) == before
     assert {path.name for path in small_disk.iterdir()} == {"model", "other"}
