@@ -206,7 +206,7 @@ def test_head_keeps_what_is_allowed(figures: Figures, tmp_path: Path) -> None:
 def test_two_pass_costs_only_what_is_split(figures: Figures) -> None:
     found = figures("two-pass", "--quick", "--hidden", "64", "--layers", "1", "--vocab", "128")
     assert found["overhead_whole"] == 1.0
-    assert found["overhead"] > 0  # a time: of what a busy machine makes of it nothing is asserted
+    assert found["overhead"] > 1
 
 
 def test_unshared_has_more_to_do_by_the_formula(figures: Figures) -> None:
@@ -215,7 +215,7 @@ def test_unshared_has_more_to_do_by_the_formula(figures: Figures) -> None:
     assert (
         1 < found["flop_ratio_2"] < found["flop_ratio_4"] < found["flop_ratio_8"] < found["flop_ratio_16"] < 4
     )
-    assert found["gain_16"] > 0
+    assert found["gain_16"] > 1
 
 
 def test_step_tells_all_of_its_time(figures: Figures, run: Run) -> None:
@@ -227,7 +227,7 @@ def test_step_tells_all_of_its_time(figures: Figures, run: Run) -> None:
     layer = 256 * 256 * 2 + 2 * 256 * 128 + 3 * 256 * 768
     flops = 2 * (3 * 4 * layer * 1024 + 4 * 256 * 8192 * 2 * 408)
     assert found["gflops"] * found["seconds"] == pytest.approx(flops / 1e9, rel=1e-3)
-    assert min(found["gemm_fraction"], found["gflops_alone"]) > 0
+    assert found["gemm_fraction"] == pytest.approx(found["gflops"] / found["gflops_alone"], rel=0.3)
     assert 0 < found["all_reduce_2_ranks"] < 1
     assert "--threads 2: the profiler tells the time of one thread" in run("step", "--threads", "2").stderr
 
@@ -256,7 +256,7 @@ def test_mfu_is_of_the_formula_and_the_whole_is_by_the_difference(figures: Figur
     ):
         forward = 2 * layers * layer * tokens + 4 * layers * 256 * pairs + 2 * 256 * 8192 * responses
         assert rate * seconds == pytest.approx(3 * forward / 1e12, rel=1e-2)
-    assert min(found["mfu_3_layers"], found["mfu_passes_3_layers"]) > 0
+    assert 0 < found["mfu_3_layers"] <= found["mfu_passes_3_layers"] * 1.5
 
 
 def test_errors_are_sentences(run: Run) -> None:
