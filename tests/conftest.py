@@ -15,3 +15,13 @@ def warm_python() -> Iterator[warm.WarmPython]:
     # The path of a socket has an upper limit, which pytest's folders may come near.
     with tempfile.TemporaryDirectory(prefix="warm-") as folder, warm.warm_python(Path(folder)) as found:
         yield found
+
+
+@pytest.fixture(scope="module")
+def inputs_are_counted() -> Iterator[None]:
+    """What the fuzz tests of a module have tried, by what came of it, is printed (pytest -s)."""
+    from tests.helpers.fuzzing import TRIED
+
+    TRIED.clear()
+    yield
+    print(f"\nfuzzed: {sum(TRIED.values()):,} inputs: {dict(TRIED)}")

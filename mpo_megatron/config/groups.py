@@ -38,10 +38,15 @@ def groups(yaml: Path) -> dict[str, str]:
             f"_self_], not {defaults}"
         )
     found: dict[str, str] = {}
-    for base in {path.stem for path in yaml.parent.glob("*.yaml")}.intersection(
-        item for item in defaults if isinstance(item, str)
-    ):
-        _mapping(yaml.with_name(f"{base}.yaml"))
+    for base in (item for item in defaults if isinstance(item, str)):
+        beside = yaml.parent / f"{base}.yaml"
+        try:
+            beside.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue  # Hydra looks in other places, too
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{yaml}: defaults has {base!r}, which no file can be called") from error
+        _mapping(beside)
     for item in defaults:
         for group, choice in item.items() if isinstance(item, dict) else ():
             if not isinstance(choice, str | int):

@@ -20,12 +20,7 @@ from mpo_megatron.config.groups import compose_config
 from mpo_megatron.errors import ConfigError
 from tests.helpers.fuzzing import SCALARS, TEXT, TRIED, changed, check_message, damaged, tries
 
-
-@pytest.fixture(scope="module", autouse=True)
-def said() -> Iterator[None]:
-    TRIED.clear()
-    yield
-    print(f"\nfuzzed: {sum(TRIED.values()):,} inputs: {dict(TRIED)}")
+pytestmark = pytest.mark.usefixtures("inputs_are_counted")
 
 
 def paths_of(schema: type, prefix: str = "") -> Iterator[str]:

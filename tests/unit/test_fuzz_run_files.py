@@ -1,6 +1,6 @@
 """Whatever a file of comparisons or of rounds says: what is to be run, or one sentence with the file."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,7 @@ from mpo_megatron.rounds.config import read_config
 from mpo_megatron.rounds.stages import plan_rounds
 from tests.helpers.fuzzing import SCALARS, TEXT, TRIED, changed, check_message, damaged, tries
 
-
-@pytest.fixture(scope="module", autouse=True)
-def said() -> Iterator[None]:
-    TRIED.clear()
-    yield
-    print(f"\nfuzzed: {sum(TRIED.values()):,} inputs: {dict(TRIED)}")
+pytestmark = pytest.mark.usefixtures("inputs_are_counted")
 
 
 # Stands for a model's folder.

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,7 @@ WEIGHTS = "model.safetensors"
 UP = "model.layers.1.mlp.up_proj.weight"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def said() -> Iterator[None]:
-    TRIED.clear()
-    yield
-    print(f"\nfuzzed: {sum(TRIED.values()):,} inputs: {dict(TRIED)}")
+pytestmark = pytest.mark.usefixtures("inputs_are_counted")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,7 @@ from tests.helpers.models import make_model
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mistral")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def said() -> Iterator[None]:
-    TRIED.clear()
-    yield
-    print(f"\nfuzzed: {sum(TRIED.values()):,} inputs: {dict(TRIED)}")
+pytestmark = pytest.mark.usefixtures("inputs_are_counted")
 
 
 @pytest.fixture(scope="module")

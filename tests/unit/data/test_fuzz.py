@@ -2,7 +2,6 @@
 
 import gzip
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,7 @@ from tests.helpers.tokenizers import CHATML, LLAMA2, make_tokenizer
 OPTIONS = TokenizeOptions(max_prompt_length=60, max_length=100, truncation="skip")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def said() -> Iterator[None]:
-    TRIED.clear()
-    yield
-    print(f"\nfuzzed: {sum(TRIED.values()):,} inputs: {dict(TRIED)}")
+pytestmark = pytest.mark.usefixtures("inputs_are_counted")
 
 
 # ---- what files and records may be -------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Whatever lies in a benchmark's file of questions: prompts and answers that can be written, or one sentence."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,7 @@ from mpo_megatron.evaluation.questions import read_questions
 from mpo_megatron.rollout.records import Record, write_jsonl
 from tests.helpers.fuzzing import SCALARS, TEXT, TRIED, changed, check_message, tries
 
-
-@pytest.fixture(scope="module", autouse=True)
-def said() -> Iterator[None]:
-    TRIED.clear()
-    yield
-    print(f"\nfuzzed: {sum(TRIED.values()):,} inputs: {dict(TRIED)}")
+pytestmark = pytest.mark.usefixtures("inputs_are_counted")
 
 
 ALPACA = {"instruction": "Name a colour.", "dataset": "koala", "datasplit": "eval"}

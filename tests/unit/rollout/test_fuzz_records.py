@@ -1,7 +1,7 @@
 """Whatever lies in a file of prompts, samples or scores: records that tools take, or one sentence with the place."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,7 @@ from mpo_megatron.rollout.records import Record, prompt_text, read_groups, read_
 from mpo_megatron.rollout.rewards import mean_score, verified_score
 from tests.helpers.fuzzing import SCALARS, TEXT, TRIED, changed, check_message, damaged, tries
 
-
-@pytest.fixture(scope="module", autouse=True)
-def said() -> Iterator[None]:
-    TRIED.clear()
-    yield
-    print(f"\nfuzzed: {sum(TRIED.values()):,} inputs: {dict(TRIED)}")
+pytestmark = pytest.mark.usefixtures("inputs_are_counted")
 
 
 GROUP: Record = {
