@@ -76,7 +76,9 @@ def test_no_model_is_sampled_after_so_long(
     output = tmp_path / "out"
     (output / "start").mkdir(parents=True)
     (output / "start" / "samples.json").write_text('{"generate": {"prompts": "p.jsonl"}, "score": {}}')
-    (output / "start" / "samples.scored.jsonl").write_text('{"id": "p", "responses": [{"score": 3.0}]}\n')
+    (output / "start" / "samples.scored.jsonl").write_text(
+        '{"id": "p", "prompt": "Say it.", "responses": [{"text": "It.", "finish_reason": "stop", "score": 3.0}]}\n'
+    )
     monkeypatch.setattr(
         compare_objectives, "finished", lambda run, ranks: {**dict.fromkeys(FIGURES, 0.5), "steps": 3}
     )
