@@ -6,7 +6,6 @@ The configuration is conf/NAME.yaml (mpo_gpt by default; docs/presets.md has tho
 default is in mpo_megatron/config/. --cfg job prints the composed YAML and runs nothing.
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -15,11 +14,12 @@ from mpo_megatron.runtime.quiet import quiet_third_parties
 
 quiet_third_parties()
 
+from hydra._internal.utils import get_args_parser  # noqa: E402  (as hydra_runner has it)
 from nemo.core.config import hydra_runner  # noqa: E402  (its import warns)
 from omegaconf import DictConfig  # noqa: E402
 
 from mpo_megatron.config import parse, register_schema  # noqa: E402
-from mpo_megatron.config.groups import check_command  # noqa: E402
+from mpo_megatron.config.groups import Yaml, compose_yaml  # noqa: E402
 from mpo_megatron.errors import UserError  # noqa: E402
 from mpo_megatron.runtime.meeting import starting_together  # noqa: E402
 from mpo_megatron.runtime.parent import end_with_launcher  # noqa: E402
@@ -34,17 +34,17 @@ def compose(raw: DictConfig) -> None:
     _composed.append(raw)
 
 
-def chosen_yaml(arguments: list[str]) -> Path:
-    """The YAML that Hydra's options name."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--config-name", "-cn", default="mpo_gpt")
-    parser.add_argument("--config-path", "-cp", default="../conf")
-    parser.add_argument("--config-dir", "-cd")
-    options, _ = parser.parse_known_args(arguments)
-    name = f"{options.config_name.removesuffix('.yaml')}.yaml"
-    beside = Path(__file__).resolve().parent / options.config_path / name
-    added = Path(options.config_dir or ".").resolve() / name
-    return Path(os.path.normpath(added if options.config_dir and added.is_file() else beside))
+def check_composition() -> None:
+    """Compose once before Hydra does, whose errors have several lines.
+
+    Raises:
+        ConfigError: the YAML that the command names, what it takes or an override is not as it must be.
+    """
+    options = get_args_parser().parse_args()
+    beside = Path(os.path.normpath(Path(__file__).resolve().parent / (options.config_path or "../conf")))
+    folders = [Path(options.config_dir).absolute(), beside] if options.config_dir else [beside]
+    if not options.multirun:
+        compose_yaml(Yaml.named(options.config_name or "mpo_gpt", folders), options.overrides)
 
 
 def main() -> int:
@@ -53,7 +53,7 @@ def main() -> int:
     register_schema()
     try:
         with starting_together():
-            check_command(chosen_yaml(sys.argv[1:]), sys.argv[1:])
+            check_composition()
             compose()
             # None where Hydra was asked to print something instead.
             configs = [parse(raw) for raw in _composed]

@@ -17,7 +17,7 @@ import torch
 
 from mpo_megatron.benchmarks.plan import ultrafeedback_like
 from mpo_megatron.config import Config
-from mpo_megatron.config.groups import compose_config
+from mpo_megatron.config.groups import CONF, compose_config
 from mpo_megatron.errors import UserError
 from mpo_megatron.model.architecture import Architecture, read_config_file
 from mpo_megatron.model.fp8 import Fp8, row_alignment
@@ -30,7 +30,6 @@ from mpo_megatron.planning.run import Run
 from mpo_megatron.scheduling.layout import GroupLengths
 
 ROOT = Path(__file__).resolve().parents[1]
-CONF = ROOT / "conf"
 TABLE = ROOT / "docs" / "presets.md"
 BEGIN, END = "<!-- what tools/plan_presets.py writes -->", "<!-- until here -->"
 # Each preset's architecture, as published.

@@ -7,14 +7,13 @@ As a module of its own, `python -m mpo_megatron.benchmarks.masters RUN` is the p
 import json
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mpo_megatron.config import check_overrides, parse, register_schema
+from mpo_megatron.config.groups import CONF, compose_config
 from mpo_megatron.errors import UserError
 from mpo_megatron.model.provider import unwrap
 from mpo_megatron.objectives import GroupBatch
@@ -24,8 +23,6 @@ from mpo_megatron.training.job import Job, build_job, start_masters
 from mpo_megatron.training.setup import prepare
 from mpo_megatron.training.step import response_logps
 from mpo_megatron.training.trainer import train_step
-
-CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
 @dataclass(frozen=True)
@@ -80,13 +77,7 @@ def run(wanted: Run) -> dict[str, float]:
 
 
 def _build(overrides: list[str]) -> Job:
-    from hydra import compose, initialize_config_dir
-
-    register_schema()
-    check_overrides(overrides)
-    with initialize_config_dir(str(CONF), version_base=None):
-        raw = compose("mpo_gpt", overrides)
-    return build_job(prepare(parse(raw)))
+    return build_job(prepare(compose_config(CONF / "mpo_gpt.yaml", overrides)))
 
 
 def _held_out(job: Job) -> dict[str, float]:

@@ -11,9 +11,8 @@ from mpo_megatron.comparison.plan import Run
 from mpo_megatron.comparison.results import figures
 from mpo_megatron.errors import UserError
 from mpo_megatron.overrides import as_value, what_differs
-from mpo_megatron.runtime.commands import ROOT, run_to_end, torchrun, what_failed
+from mpo_megatron.runtime.commands import JOB, run_to_end, torchrun, what_failed
 
-JOB = ROOT / "examples" / "mpo_gpt.py"
 RECORD, LOG, EXPERIMENT, MODEL = "run.json", "job.log", "experiment", "model"
 
 

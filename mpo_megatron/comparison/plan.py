@@ -29,11 +29,10 @@ from mpo_megatron.comparison.overrides import MPO, as_typed, checked
 from mpo_megatron.comparison.samples import START, Samples, read_samples
 from mpo_megatron.comparison.sweep import points
 from mpo_megatron.config import Config, MpoConfig, changed, check_overrides
-from mpo_megatron.config.groups import compose_config
+from mpo_megatron.config.groups import CONF, compose_config
 from mpo_megatron.errors import ConfigError, UserError
 from mpo_megatron.overrides import read_yaml
 from mpo_megatron.rollout.parts import digest_of_folder
-from mpo_megatron.runtime.commands import ROOT
 
 KEYS = ("seeds", "common", "members", "baseline", "sweep", "samples")
 DEFAULTS = (
@@ -265,4 +264,4 @@ def composed(overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError: it would not take them.
     """
-    return compose_config(ROOT / "conf" / "mpo_gpt.yaml", overrides)
+    return compose_config(CONF / "mpo_gpt.yaml", overrides)

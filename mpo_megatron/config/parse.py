@@ -11,6 +11,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -18,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mpo_megatron.config.rules import check
 from mpo_megatron.config.schema import Config, MpoConfig
 from mpo_megatron.errors import ConfigError
+from mpo_megatron.finite import is_finite
 
 
 def parse(raw: DictConfig) -> Config:
@@ -26,17 +28,16 @@ def parse(raw: DictConfig) -> Config:
     Raises:
         ConfigError: an unknown key, a wrong type, a missing value, or a broken rule.
     """
-    check_keys(OmegaConf.to_container(raw), Config, "")
+    content = OmegaConf.to_container(raw)
+    check_keys(content, Config, "")
+    check_numbers(content, "")
     try:
         merged = OmegaConf.merge(_schema(), raw)
         assert isinstance(merged, DictConfig)
         _check_missing(merged)
         hyper_parameters = _take_hyper_parameters(merged.model.mpo)
         config = OmegaConf.to_object(merged)
-    except (
-        OmegaConfBaseException,
-        OverflowError,
-    ) as error:  # the latter of a whole number that no float holds
+    except OmegaConfBaseException as error:
         raise ConfigError(f"{_key(error)}: {str(error).splitlines()[0]}") from error
     assert isinstance(config, Config)
     mpo = replace(config.model.mpo, hyper_parameters=hyper_parameters)
@@ -98,18 +99,20 @@ def _take_hyper_parameters(mpo: DictConfig) -> dict[str, Any]:
     }
 
 
-def check_overrides(arguments: Sequence[str], groups: Collection[str] = ()) -> None:
-    """Check the keys of Hydra's `key=value` arguments before Hydra does, for a message in one sentence.
+def check_overrides(arguments: Sequence[str], groups: Collection[str] = ()) -> list[Override]:
+    """Check the keys of Hydra's overrides before Hydra does, for a message in one sentence.
 
     Args:
         groups: names that choose a file of settings (`config.groups`) and are no keys.
 
+    Returns:
+        The overrides as Hydra reads them.
+
     Raises:
         ConfigError: an override names a key that the schema does not have, or cannot be parsed.
     """
-    overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
     try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
+        parsed = OverridesParser.create().parse_overrides(list(arguments))
     except HydraException as error:
         raise ConfigError(f"cannot read the override: {' '.join(str(error).split())}") from error
     for override in parsed:
@@ -119,6 +122,20 @@ def check_overrides(arguments: Sequence[str], groups: Collection[str] = ()) -> N
             for part in reversed(key.split(".")):
                 nested = {part: nested}
             check_keys(nested, Config, "")
+        check_numbers({key: override.value()}, "")
+    return parsed
+
+
+def check_numbers(section: Any, path: str) -> None:
+    """Raise ConfigError for a whole number that no float holds: OmegaConf raises OverflowError, without the key."""
+    if isinstance(section, dict):
+        for key, value in section.items():
+            check_numbers(value, f"{path}{key}." if isinstance(value, dict) else f"{path}{key}")
+    elif isinstance(section, list):
+        for value in section:
+            check_numbers(value, path)
+    elif isinstance(section, int) and not is_finite(section):
+        raise ConfigError(f"{path} is a whole number beyond 1.8e308, the largest that is taken; correct it")
 
 
 def check_keys(value: Any, schema: type, path: str) -> None:

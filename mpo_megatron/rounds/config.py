@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mpo_megatron.config import check_keys, make_writable
+from mpo_megatron.config import check_keys, check_numbers, make_writable
 from mpo_megatron.errors import ConfigError, UserError
 from mpo_megatron.overrides import as_typed, read_yaml
 
@@ -47,7 +47,7 @@ class PromptsConfig:
 class TrainConfig:
     """The main job."""
 
-    config: str = "mpo_gpt"  # its YAML: conf/NAME.yaml
+    config: str = "mpo_gpt"  # its YAML: conf/NAME.yaml, or the path of another
     ranks: int = 1  # processes on this machine
     overrides: Any = None  # for all rounds: as a list, or as a mapping
 
@@ -112,6 +112,7 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> RoundsConfig:
         more = OmegaConf.to_container(OmegaConf.from_dotlist(_checked(overrides)))
         for part in (content, more):
             check_keys(part, RoundsConfig, "")
+            check_numbers(part, "")
         schema = OmegaConf.structured(RoundsConfig)
         make_writable(schema)
         merged = OmegaConf.merge(schema, content, more)
@@ -121,7 +122,7 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> RoundsConfig:
         config = OmegaConf.to_object(merged)
         assert isinstance(config, RoundsConfig)
         _check(config)
-    except (OmegaConfBaseException, OverflowError) as error:
+    except OmegaConfBaseException as error:
         where = getattr(error, "full_key", None) or "a value"
         raise UserError(f"{path}: {where}: {str(error).splitlines()[0]}") from error
     except UserError as error:

@@ -17,17 +17,16 @@ from typing import Any
 
 from mpo_megatron import objectives
 from mpo_megatron.config import MpoConfig, changed
-from mpo_megatron.config.groups import compose_config
+from mpo_megatron.config.groups import CONF, compose_config
 from mpo_megatron.errors import ConfigError, UserError
 from mpo_megatron.overrides import as_value
 from mpo_megatron.rollout.parts import digest_of, digest_of_folder
 from mpo_megatron.rollout.records import Record
 from mpo_megatron.rollout.scoring import source_digest
 from mpo_megatron.rounds.config import RoundsConfig
-from mpo_megatron.runtime.commands import ROOT, as_arguments
+from mpo_megatron.runtime.commands import JOB, ROOT, as_arguments
 
 TOOLS = ROOT / "tools"
-JOB = ROOT / "examples" / "mpo_gpt.py"
 # A sample that is empty, or ends in two ways with one text, must not end a night's run.
 DEFAULTS = ("model.data.faults.empty=skip", "model.data.faults.unequal_scores=keep")
 # Options that say how fast, and not what.
@@ -202,12 +201,17 @@ class _Plan:
             "exp_manager.resume_if_exists=true",
         ]
         train = self.config.train
+        # A path, or the name of one of conf/.
+        yaml = Path(
+            train.config if train.config.endswith(".yaml") else CONF / f"{train.config}.yaml"
+        ).absolute()
         try:
-            asked = _job_settings(train.config, overrides)
+            asked = _job_settings(yaml, overrides)
         except ConfigError as error:
             raise UserError(f"round {number}: {error}") from error
+        own = () if yaml.parent == CONF else ("--config-dir", str(yaml.parent))
         command = Command(
-            JOB, ("--config-name", train.config, *overrides), folder / "model", ranks=train.ranks
+            JOB, (*own, "--config-name", yaml.stem, *overrides), folder / "model", ranks=train.ranks
         )
         settings = {"reference": self.config.reference} | {
             key: value for key, value in asked.items() if key not in (*places, *_PLACES)
@@ -242,9 +246,9 @@ def _settings(options: dict[str, Any]) -> dict[str, str]:
     return {name: str(value) for name, value in names.items() if name not in _RESOURCES}
 
 
-def _job_settings(name: str, overrides: Sequence[str]) -> dict[str, str]:
+def _job_settings(yaml: Path, overrides: Sequence[str]) -> dict[str, str]:
     """What the main job is asked for, by its YAML and these overrides, which are checked."""
-    config = compose_config(ROOT / "conf" / f"{name}.yaml", overrides)
+    config = compose_config(yaml, overrides)
     objectives.settle(
         objectives.get(config.model.mpo.objective),
         config.model.mpo.hyper_parameters,

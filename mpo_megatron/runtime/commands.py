@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[2]
+JOB = ROOT / "examples" / "mpo_gpt.py"
 # What torchrun is given to end its ranks; it kills them after 30 seconds.
 _END_SECONDS = 45.0
 _PR_SET_PDEATHSIG = 1  # of Linux

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from mpo_megatron.errors import CheckpointError, UserError
+from mpo_megatron.runtime.commands import ROOT
 from tests.distributed.jobs import Layout, Model, build, gradients, logps
 from tests.distributed.test_checkpoint import FORMS, SIZES, train
-from tests.helpers.main_job import CONF, arguments, exact, job, metrics
+from tests.helpers.main_job import arguments, exact, job, metrics
 from tests.helpers.models import make_llama
 
 DISTRIBUTED = Layout(distributed_optimizer=True)
@@ -205,7 +206,7 @@ def test_a_run_killed_while_it_writes_goes_on_from_the_checkpoint_before(
     straight, killed = (arguments(inputs, tmp_path / name, *more) for name in ("straight", "killed"))
     assert ranks(1).run(job, straight, timeout=240) == [""]
     command = f"from tests.distributed.test_async_save import job_that_dies; job_that_dies({killed!r}, 4)"
-    root = str(CONF.parent)
+    root = str(ROOT)
     environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-c", command], env=environment, cwd=root, text=True, start_new_session=True,

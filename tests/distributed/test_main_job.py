@@ -21,9 +21,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mpo_megatron.runtime.commands import JOB, ROOT
 from mpo_megatron.scheduling.rows import RowSource
 from tests.helpers.main_job import (
-    CONF,
     arguments,
     exact,
     job,
@@ -182,7 +182,7 @@ def test_an_export_takes_the_place_of_no_other_folder(
 
 def test_the_command_itself_prints_one_sentence(inputs: dict[str, Path], tmp_path: Path) -> None:
     """examples/mpo_gpt.py as a process: a key that Hydra would refuse, and a rule that only the job knows."""
-    script = [sys.executable, str(CONF.parent / "examples" / "mpo_gpt.py")]
+    script = [sys.executable, str(JOB)]
     for override, message in (
         ("model.mpo.bta=1", "error: unknown key model.mpo.bta; did you mean model.mpo.beta?"),
         (
@@ -191,7 +191,7 @@ def test_the_command_itself_prints_one_sentence(inputs: dict[str, Path], tmp_pat
         ),
     ):
         command = [*script, *arguments(inputs, tmp_path / "run", override)]
-        environment = {**os.environ, "PYTHONPATH": str(CONF.parent)}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=240, cwd=tmp_path, env=environment
         )

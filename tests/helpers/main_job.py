@@ -12,8 +12,6 @@ import numpy as np
 from mpo_megatron.errors import UserError
 from tests.helpers.models import make_llama
 
-CONF = Path(__file__).parents[2] / "conf"
-
 
 def make_inputs(
     folder: Path, model: Path | None = None, groups: tuple[int, int] = (40, 12)
@@ -33,17 +31,11 @@ def make_inputs(
 
 def job(overrides: list[str]) -> str:
     """Run the main job with Hydra overrides of conf/mpo_gpt.yaml. Returns the user's error, or nothing."""
-    from hydra import compose, initialize_config_dir
-
-    from mpo_megatron.config import check_overrides, parse, register_schema
+    from mpo_megatron.config.groups import CONF, compose_config
     from mpo_megatron.training.trainer import train
 
-    register_schema()
     try:
-        check_overrides(overrides)
-        with initialize_config_dir(str(CONF), version_base=None):
-            raw = compose("mpo_gpt", overrides)
-        train(parse(raw))
+        train(compose_config(CONF / "mpo_gpt.yaml", overrides))
     except UserError as error:
         return str(error)
     return ""

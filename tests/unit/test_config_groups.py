@@ -1,15 +1,17 @@
 """Groups of settings: chosen on the command line, refused in one sentence, also through the main job's own command."""
 
+import os
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from mpo_megatron.config.groups import compose_config, groups
+from mpo_megatron.config.groups import Yaml, compose_config, groups
 from mpo_megatron.errors import ConfigError
+from mpo_megatron.runtime.commands import JOB, ROOT
+from tests.helpers.warm import WarmPython
 
-ROOT = Path(__file__).parents[2]
 PRESET = ROOT / "conf" / "llama3_8b.yaml"
 GIVEN = ["model.restore_from_path=m", "model.data.train=d"]
 
@@ -28,8 +30,8 @@ def test_a_command_chooses_of_each_group() -> None:
 
 
 def test_a_yaml_without_groups_has_none() -> None:
-    assert groups(ROOT / "conf" / "mpo_gpt.yaml") == {}
-    assert list(groups(PRESET)) == ["recipe", "gpu", "nodes", "precision", "objective", "layout"]
+    assert groups(Yaml.at(ROOT / "conf" / "mpo_gpt.yaml")) == {}
+    assert list(groups(Yaml.at(PRESET))) == ["recipe", "gpu", "nodes", "precision", "objective", "layout"]
 
 
 @pytest.mark.parametrize(
@@ -42,6 +44,8 @@ def test_a_yaml_without_groups_has_none() -> None:
         (PRESET, "layout=tp2", "layout=tp2 is not known; choose one of llama3_70b/"),
         (PRESET, "gpus=h100", "unknown key gpus; known keys are"),
         (PRESET, "model.fp8=[a", "cannot read the override"),
+        (PRESET, "fp8", "cannot read the override"),
+        (PRESET, f"model.mpo.beta=1{'0' * 400}", "model.mpo.beta is a whole number beyond 1.8e308"),
         (ROOT / "conf" / "mpo_gpt.yaml", "gpu=h100", "gpu=h100 chooses from a group of settings that mpo_gpt.yaml"),
         (ROOT / "conf" / "llama4.yaml", "gpu=h100", "there is no llama4.yaml in"),
         (PRESET, "trainer.precision=32", "model.restore_from_path and model.data.train have no value; set them in"),
@@ -68,7 +72,19 @@ def test_what_cannot_be_chosen_is_one_sentence(yaml: Path, override: str, messag
             "my.yaml: defaults must be a list of names and of groups with what to take, such as [schema,",
         ),
         ("defaults: [{}]", "defaults must be a list"),
-        ("defaults: [base]", "my.yaml: In 'my': Could not load 'base'"),
+        ("defaults: [base]", "my.yaml: defaults has 'base', and there is no base.yaml in "),
+        ("defaults: [my]", "my.yaml: its defaults take "),
+        ("defaults: [turn]", "my.yaml: its defaults take "),
+        (
+            "defaults: [schema, gpu: h100, gpu: h100, _self_]",
+            "my.yaml: gpu appears more than once in the final",
+        ),
+        ("defaults: [schema, override gpu: h100, _self_]", "my.yaml: In 'my': Could not override 'gpu'."),
+        (
+            "model: {mpo: {beta: 1" + "0" * 400 + "}}",
+            "my.yaml: model.mpo.beta is a whole number beyond 1.8e308",
+        ),
+        ("model: {mpo: {beta: [1, 1" + "0" * 400 + "]}}", "my.yaml: model.mpo.beta is a whole number beyond"),
         ("defaults: [" + "a" * 300 + "]", "which no file can be called"),
         (r'defaults: ["a\0"]', r"my.yaml: defaults has 'a\x00', which no file can be called"),
         (r'defaults: ["\uD83D"]', r"my.yaml: defaults has '\ud83d', which no file can be called"),
@@ -84,18 +100,30 @@ def test_a_yaml_that_is_not_as_it_must_be_is_one_sentence(text: str, message: st
     (tmp_path / "gpu").mkdir()
     for broken in (tmp_path / "gpu" / "b.yaml", tmp_path / "broken.yaml"):
         broken.write_text("model: {")
+    (tmp_path / "turn.yaml").write_text("defaults: [my]")
     with pytest.raises(ConfigError) as caught:
         compose_config(tmp_path / "my.yaml", [])
     assert message in str(caught.value)
     assert str(tmp_path) in str(caught.value)
 
 
-def main_job(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "examples" / "mpo_gpt.py"), "--config-name", "llama3_8b"]
-    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=200, cwd=ROOT)
+MainJob = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def test_the_main_job_takes_a_choice_and_asks_for_what_is_missing() -> None:
+@pytest.fixture
+def main_job(warm_python: WarmPython) -> MainJob:
+    command = [str(warm_python.python), str(JOB), "--config-name", "llama3_8b"]
+    environment = {**os.environ, **warm_python.environment}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, *arguments], capture_output=True, text=True, timeout=200, cwd=ROOT, env=environment
+        )
+
+    return run
+
+
+def test_the_main_job_takes_a_choice_and_asks_for_what_is_missing(main_job: MainJob) -> None:
     shown = main_job("gpu=a100_80gb", "objective=wmpo", "nodes=2x8", "--cfg", "job")
     assert shown.returncode == 0, shown.stderr
     assert "alpha: 0.1" in shown.stdout
@@ -107,3 +135,49 @@ def test_the_main_job_takes_a_choice_and_asks_for_what_is_missing() -> None:
         "error: model.restore_from_path has no value; set it in the YAML or as model.restore_from_path=..."
     )
     assert "Traceback" not in asked.stderr
+
+
+def own_yaml(folder: Path) -> Path:
+    """A user's YAML outside of the checkout: of a preset another GPU, and a GPU of the user's own for the command."""
+    (folder / "gpu").mkdir(parents=True)
+    (folder / "gpu" / "h800.yaml").write_text(
+        "# @package _global_\nmodel: {max_tokens_per_micro_batch: 4096}\n"
+    )
+    yaml = folder / "my run.yaml"
+    yaml.write_text(
+        "defaults: [llama3_8b, override gpu: a100_80gb, _self_]\n"
+        "model: {restore_from_path: m, data: {train: d}, optim: {lr: 1e-6}}\n"
+    )
+    return yaml
+
+
+def test_a_yaml_of_ones_own_takes_a_preset_and_its_groups(tmp_path: Path) -> None:
+    yaml = own_yaml(tmp_path / "it's mine, [all]")
+    config = compose_config(yaml, [])
+    assert config == compose_config(PRESET, ["gpu=a100_80gb", "model.optim.lr=1e-6", *GIVEN])
+    chosen = compose_config(yaml, ["gpu=h100", "precision=fp8"])
+    assert chosen == compose_config(PRESET, ["precision=fp8", "model.optim.lr=1e-6", *GIVEN])
+    own = compose_config(yaml, ["gpu=h800", "layout=llama3_8b/h100_1x8_bf16"])
+    assert own.model.max_tokens_per_micro_batch == 4096
+    with pytest.raises(ConfigError, match="gpu=tpu is not known; choose one of a100_80gb, h100, h800"):
+        compose_config(yaml, ["gpu=tpu"])
+
+
+def test_the_main_job_takes_a_yaml_of_ones_own(main_job: MainJob, tmp_path: Path) -> None:
+    yaml = own_yaml(tmp_path)
+    named = ["--config-dir", str(tmp_path), "--config-name", yaml.stem]
+    shown = main_job(*named, "gpu=h100", "--cfg", "job")
+    assert shown.returncode == 0, shown.stderr
+    assert "lr: 1.0e-06" in shown.stdout
+    for arguments, message in (
+        ([*named, "gpu=tpu"], "gpu=tpu is not known; choose one of a100_80gb, h100, h800"),
+        (["--config-dir", str(tmp_path / "no")], f"there is no folder {tmp_path}/no to take YAMLs from"),
+        (["--config-dir", str(tmp_path), "-cn", "you"], "there is no you.yaml in "),
+        ([*named, "lr"], "cannot read the override: "),
+        ([*named, "+model.optim.lr.a=3"], f"{yaml}: "),
+    ):
+        refused = main_job(*arguments)
+        assert refused.returncode == 1
+        assert refused.stderr.splitlines()[-1].startswith(f"error: {message}")
+        assert refused.stderr.count("error") == 1
+        assert refused.stdout == ""

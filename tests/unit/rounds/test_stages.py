@@ -137,6 +137,17 @@ def test_the_papers_rounds(tmp_path: Path) -> None:
     assert options(rounds[1].stages["held-out"])["--samples"] == "2"
 
 
+def test_the_main_job_of_a_yaml_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text("defaults: [mpo_gpt, _self_]\nmodel: {optim: {lr: 3e-6}}\n")
+    stage = plan(tmp_path, SMOLLM2, f"train.config={tmp_path}/my.yaml")[1].stages["train"]
+    (command,) = stage.commands
+    assert command.arguments[:4] == ("--config-dir", str(tmp_path), "--config-name", "my")
+    assert compose_config(tmp_path / "my.yaml", command.arguments[4:]).model.mpo.objective == "mpo"
+    assert stage.settings["model.optim.lr"] == "3e-06"
+    with pytest.raises(UserError, match=r"round 1: there is no your\.yaml in .*; the YAMLs there are my"):
+        plan(tmp_path, SMOLLM2, f"train.config={tmp_path}/your.yaml")
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
