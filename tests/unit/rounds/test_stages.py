@@ -138,12 +138,12 @@ def test_the_papers_rounds(tmp_path: Path) -> None:
 
 
 def test_the_main_job_of_a_yaml_of_ones_own(tmp_path: Path) -> None:
-    (tmp_path / "my.yaml").write_text("defaults: [mpo_gpt, _self_]\nmodel: {optim: {lr: 3e-6}}\n")
+    (tmp_path / "my.yaml").write_text("defaults: [mpo_gpt, _self_]\nmodel: {optim: {weight_decay: 0.25}}\n")
     stage = plan(tmp_path, SMOLLM2, f"train.config={tmp_path}/my.yaml")[1].stages["train"]
     (command,) = stage.commands
     assert command.arguments[:4] == ("--config-dir", str(tmp_path), "--config-name", "my")
-    assert compose_config(tmp_path / "my.yaml", command.arguments[4:]).model.mpo.objective == "mpo"
-    assert stage.settings["model.optim.lr"] == "3e-06"
+    assert compose_config(tmp_path / "my.yaml", command.arguments[4:]).model.optim.weight_decay == 0.25
+    assert stage.settings["model.optim.weight_decay"] == "0.25"
     with pytest.raises(UserError, match=r"round 1: there is no your\.yaml in .*; the YAMLs there are my"):
         plan(tmp_path, SMOLLM2, f"train.config={tmp_path}/your.yaml")
 
