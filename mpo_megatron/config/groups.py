@@ -49,8 +49,10 @@ class Yaml:
         """The first of this name.
 
         Raises:
-            ConfigError: no folder has one.
+            ConfigError: no folder has one, or the name has a folder.
         """
+        if "/" in name:
+            raise ConfigError(f"--config-name {name} has a folder in it; give the folder as --config-dir")
         for folder in folders:
             if not folder.is_dir():
                 raise ConfigError(f"there is no folder {folder} to take YAMLs from")
@@ -71,7 +73,7 @@ class Yaml:
             ConfigError: there is none.
         """
         for folder in self.folders:
-            beside = folder / f"{name}.yaml"
+            beside = folder / f"{name.removeprefix('/')}.yaml"
             try:
                 if beside.is_file():
                     return beside

@@ -145,7 +145,7 @@ def own_yaml(folder: Path) -> Path:
     )
     yaml = folder / "my run.yaml"
     yaml.write_text(
-        "defaults: [llama3_8b, override gpu: a100_80gb, _self_]\n"
+        "defaults: [/llama3_8b, override /gpu: a100_80gb, _self_]\n"
         "model: {restore_from_path: m, data: {train: d}, optim: {lr: 1e-6}}\n"
     )
     return yaml
@@ -173,6 +173,7 @@ def test_the_main_job_takes_a_yaml_of_ones_own(main_job: MainJob, tmp_path: Path
         ([*named, "gpu=tpu"], "gpu=tpu is not known; choose one of a100_80gb, h100, h800"),
         (["--config-dir", str(tmp_path / "no")], f"there is no folder {tmp_path}/no to take YAMLs from"),
         (["--config-dir", str(tmp_path), "-cn", "you"], "there is no you.yaml in "),
+        (["-cn", f"{tmp_path}/my"], f"--config-name {tmp_path}/my has a folder in it; give the folder as"),
         ([*named, "lr"], "cannot read the override: "),
         ([*named, "+model.optim.lr.a=3"], f"{yaml}: "),
     ):
