@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mpo_megatron.runtime.commands import JOB, ROOT
+from mpo_megatron.runtime.commands import JOB
 from mpo_megatron.scheduling.rows import RowSource
 from tests.helpers.main_job import (
     arguments,
@@ -32,6 +32,7 @@ from tests.helpers.main_job import (
     printed,
     wait_for,
 )
+from tests.helpers.warm import WarmPython
 
 
 @pytest.fixture(scope="module")
@@ -180,18 +181,23 @@ def test_an_export_takes_the_place_of_no_other_folder(
     assert (tmp_path / "papers" / "draft.txt").exists()
 
 
-def test_the_command_itself_prints_one_sentence(inputs: dict[str, Path], tmp_path: Path) -> None:
-    """examples/mpo_gpt.py as a process: a key that Hydra would refuse, and a rule that only the job knows."""
-    script = [sys.executable, str(JOB)]
-    for override, message in (
-        ("model.mpo.bta=1", "error: unknown key model.mpo.bta; did you mean model.mpo.beta?"),
+def test_the_command_itself_prints_one_sentence(
+    inputs: dict[str, Path], warm_python: WarmPython, tmp_path: Path
+) -> None:
+    """examples/mpo_gpt.py as a process: a key that Hydra would refuse, and a rule that only the job knows.
+
+    The first process is a fresh one, which has imported nothing.
+    """
+    for python, override, message in (
+        (sys.executable, "model.mpo.bta=1", "error: unknown key model.mpo.bta; did you mean model.mpo.beta?"),
         (
+            str(warm_python.python),
             "model.restore_from_path=nowhere",
             "error: model.restore_from_path=nowhere: ",
         ),
     ):
-        command = [*script, *arguments(inputs, tmp_path / "run", override)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        command = [python, str(JOB), *arguments(inputs, tmp_path / "run", override)]
+        environment = {**os.environ, **warm_python.environment}
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=240, cwd=tmp_path, env=environment
         )
