@@ -29,6 +29,7 @@ def quiet_third_parties() -> None:
         "lightning",
         "lightning.pytorch",
         "torch.distributed",
+        "torch.utils.cpp_extension",  # of a CUDA toolkit without a GPU, from each rank; the run says what it takes
         "matplotlib",
     ):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,5 +1,6 @@
 """What third parties say is kept off the screen, and nothing else."""
 
+import os
 import subprocess
 import sys
 
@@ -25,3 +26,21 @@ def test_of_what_is_collected_only_files_are_kept_off_the_screen() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
     assert "ValueError: of another object" in done.stderr
     assert "of the file" not in done.stderr
+
+
+def test_a_toolkit_without_a_gpu_is_no_news() -> None:
+    """The CUDA toolkit is on the machine, as in a container, and the GPU is not."""
+    # What a build with CUDA does as it is imported; the tests may have one without.
+    importing = "from torch.utils import cpp_extension; cpp_extension._find_cuda_home()"
+    environment = {**os.environ, "CUDA_HOME": "/toolkit", "CUDA_VISIBLE_DEVICES": ""}
+    loud, quiet = (
+        subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+        ).stderr
+        for program in (
+            importing,
+            f"from mpo_megatron.runtime.quiet import quiet_third_parties\nquiet_third_parties()\n{importing}",
+        )
+    )
+    assert "No CUDA runtime is found" in loud
+    assert quiet == ""
