@@ -16,11 +16,12 @@ quiet_third_parties()
 
 from hydra._internal.utils import get_args_parser  # noqa: E402  (as hydra_runner has it)
 from nemo.core.config import hydra_runner  # noqa: E402  (its import warns)
-from omegaconf import DictConfig  # noqa: E402
+from omegaconf import DictConfig, OmegaConf  # noqa: E402
+from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
-from mpo_megatron.config import parse, register_schema  # noqa: E402
+from mpo_megatron.config import Config, parse, register_schema  # noqa: E402
 from mpo_megatron.config.groups import Yaml, compose_yaml  # noqa: E402
-from mpo_megatron.errors import UserError  # noqa: E402
+from mpo_megatron.errors import ConfigError, UserError  # noqa: E402
 from mpo_megatron.runtime.meeting import starting_together  # noqa: E402
 from mpo_megatron.runtime.parent import end_with_launcher  # noqa: E402
 from mpo_megatron.training.trainer import train  # noqa: E402
@@ -34,17 +35,27 @@ def compose(raw: DictConfig) -> None:
     _composed.append(raw)
 
 
-def check_composition() -> None:
-    """Compose once before Hydra does, whose errors have several lines.
+def configurations() -> list[Config]:
+    """What the command asks to train: nothing where Hydra is asked to print instead.
 
     Raises:
-        ConfigError: the YAML that the command names, what it takes or an override is not as it must be.
+        ConfigError: the YAML that the command names, what it takes, an override or an option is not as it must be.
     """
     options = get_args_parser().parse_args()
+    if options.multirun:
+        raise ConfigError("--multirun: a job trains one model; tools/compare_objectives.py makes a sweep")
     beside = Path(os.path.normpath(Path(__file__).resolve().parent / (options.config_path or "../conf")))
     folders = [Path(options.config_dir).absolute(), beside] if options.config_dir else [beside]
-    if not options.multirun:
-        compose_yaml(Yaml.named(options.config_name or "mpo_gpt", folders), options.overrides)
+    # Before Hydra does, whose errors have several lines.
+    composed = compose_yaml(Yaml.named(options.config_name or "mpo_gpt", folders), options.overrides)
+    try:
+        if options.resolve:
+            OmegaConf.resolve(composed)
+        compose()
+    # A value that refers to nothing; options that do not go together.
+    except (OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    return [parse(raw) for raw in _composed]
 
 
 def main() -> int:
@@ -53,10 +64,7 @@ def main() -> int:
     register_schema()
     try:
         with starting_together():
-            check_composition()
-            compose()
-            # None where Hydra was asked to print something instead.
-            configs = [parse(raw) for raw in _composed]
+            configs = configurations()
         for config in configs:
             train(config)
     except UserError as error:

@@ -175,6 +175,9 @@ def test_the_main_job_takes_a_yaml_of_ones_own(main_job: MainJob, tmp_path: Path
         (["--config-dir", str(tmp_path), "-cn", "you"], "there is no you.yaml in "),
         (["-cn", f"{tmp_path}/my"], f"--config-name {tmp_path}/my has a folder in it; give the folder as"),
         ([*named, "lr"], "cannot read the override: "),
+        ([*named, "--cfg", "job", "--resolve", "name=${no}"], "Interpolation key 'no' not found"),
+        ([*named, "-m", "gpu=h100,a100_80gb"], "--multirun: a job trains one model"),
+        ([*named, "--info", "--cfg", "job"], "Only one of --run, --multirun, --cfg, --info"),
         ([*named, "+model.optim.lr.a=3"], f"{yaml}: "),
     ):
         refused = main_job(*arguments)
