@@ -218,7 +218,11 @@ def compose_yaml(yaml: Yaml, overrides: Sequence[str]) -> DictConfig:
         with initialize_config_dir(str(first), version_base=None):
             return compose(yaml.path.stem, [f"hydra.searchpath=[{places}]", *overrides])
     except (HydraException, OmegaConfBaseException, OSError) as error:
-        raise ConfigError(f"{yaml.path}: {' '.join(str(error).split())}") from error
+        said = " ".join(str(error).split())
+        if isinstance(error.__cause__, OmegaConfBaseException) and str(error.__cause__) != str(error):
+            # Hydra names the override, and OmegaConf what is wrong with it.
+            said += f": {str(error.__cause__).splitlines()[0]}"
+        raise ConfigError(f"{yaml.path}: {said}") from error
 
 
 def _quoted(text: str) -> str:

@@ -111,11 +111,18 @@ def check_overrides(arguments: Sequence[str], groups: Collection[str] = ()) -> l
     Raises:
         ConfigError: an override names a key that the schema does not have, or cannot be parsed.
     """
-    try:
-        parsed = OverridesParser.create().parse_overrides(list(arguments))
-    except HydraException as error:
-        raise ConfigError(f"cannot read the override: {' '.join(str(error).split())}") from error
-    for override in parsed:
+    parser = OverridesParser.create()
+    parsed = []
+    for argument in arguments:
+        try:
+            override = parser.parse_override(argument)
+        except HydraException as error:
+            shown = argument if len(argument) <= 200 else f"{argument[:200]}..."
+            raise ConfigError(
+                f"cannot read the override {shown!r}; write key=value, and in quotes a value with spaces, brackets or "
+                "the like: \"key='a value (of mine)'\""
+            ) from error
+        parsed.append(override)
         key = override.key_or_group
         if key not in groups and not key.startswith(("hydra.", "hydra/", "exp_manager")) and key != "hydra":
             nested: Any = {}

@@ -15,9 +15,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mpo_megatron import objectives
-from mpo_megatron.config import Config, MpoConfig, as_yaml, check_overrides, parse
-from mpo_megatron.config.groups import compose_config
+from mpo_megatron.config import Config, MpoConfig, as_yaml, parse
+from mpo_megatron.config.groups import CONF, compose_config
 from mpo_megatron.errors import ConfigError
+from mpo_megatron.overrides import as_value
 from tests.helpers.fuzzing import SCALARS, TEXT, TRIED, changed, check_message, damaged, tries
 
 pytestmark = pytest.mark.usefixtures("inputs_are_counted")
@@ -32,6 +33,7 @@ def paths_of(schema: type, prefix: str = "") -> Iterator[str]:
 
 
 PATHS = sorted(paths_of(Config))
+OVERRIDDEN = [*PATHS, "gpu", "nodes", "layout", "objective", "gpu@model", "hydra.run.dir", "hydra/launcher"]
 KEYS_OF_MPO = [field.name for field in fields(MpoConfig)]
 WORDS = st.sampled_from(
     ["???", "null", "bf16", "32", "auto", "cpu", "cached", "none", "dpo", "wmpo", "simpo", "full", "uniform", "hybrid",
@@ -45,6 +47,19 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
     max_leaves=8,
 )
+CHOICES = [
+    "h100",
+    "2x8",
+    "wmpo",
+    "llama3_8b/h100_2x8_bf16",
+    "${gpu}",
+    "${",
+    "[1,2]",
+    "1,2",
+    "{a: 1}",
+    "range(3)",
+    "null",
+]
 CHANGES = st.lists(st.tuples(st.sampled_from(PATHS), VALUES), min_size=1, max_size=4)
 
 
@@ -133,20 +148,38 @@ def test_any_yaml(content: bytes, group: bytes) -> None:
             TRIED["YAMLs refused"] += 1
 
 
-@tries(100)
-@given(
-    st.lists(
-        st.tuples(st.sampled_from(["", "+", "++", "~"]), st.sampled_from(PATHS) | TEXT, WORDS | TEXT),
-        max_size=3,
-    )
-)
-def test_overrides(given_overrides: list[tuple[str, str, str]]) -> None:
+def check_overrides(overrides: list[str]) -> None:
+    """Of a preset, whose groups they may choose of."""
     try:
-        check_overrides([f"{sign}{key}={value}" for sign, key, value in given_overrides])
+        compose_config(
+            CONF / "llama3_8b.yaml", ["model.restore_from_path=m", "model.data.train=t", *overrides]
+        )
         TRIED["overrides taken"] += 1
     except ConfigError as error:
         check_message(error)
         TRIED["overrides refused"] += 1
+
+
+@tries(100)
+@given(
+    st.lists(
+        st.sampled_from(["gpu=a100_80gb", "~layout", "nodes=2x8", "objective=wmpo", "trainer.max_steps=3"])
+        | st.tuples(
+            st.sampled_from(["", "", "", "+", "++", "~"]),
+            st.sampled_from(OVERRIDDEN),
+            st.sampled_from(CHOICES) | VALUES.map(as_value),
+        ).map(lambda parts: "{}{}={}".format(*parts)),
+        max_size=3,
+    )
+)
+def test_overrides(overrides: list[str]) -> None:
+    check_overrides(overrides)
+
+
+@tries(50)
+@given(st.lists(TEXT, min_size=1, max_size=3).map("=".join))
+def test_any_override(override: str) -> None:
+    check_overrides([override])
 
 
 @tries(100)
