@@ -5,6 +5,7 @@ it in several.
 """
 
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from mpo_megatron.config.parse import check_numbers, check_overrides, parse, register_schema
+from mpo_megatron.config.parse import check_keys, check_numbers, check_overrides, parse, register_schema
 from mpo_megatron.config.schema import Config
 from mpo_megatron.errors import ConfigError
 from mpo_megatron.overrides import read_yaml
@@ -125,7 +126,13 @@ def groups(yaml: Yaml) -> dict[str, str]:
 def _groups(yaml: Yaml, path: Path, above: tuple[Path, ...]) -> dict[str, str]:
     if path in above:
         raise ConfigError(f"{path}: its defaults take {above[-1]}, whose defaults take it")
-    defaults = _mapping(path).get("defaults", [])
+    content = _mapping(path)
+    defaults = content.pop("defaults", [])
+    content.pop("hydra", None)
+    try:
+        check_keys(content, Config, "")
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     if not isinstance(defaults, list) or not all(item and isinstance(item, str | dict) for item in defaults):
         raise ConfigError(
             f"{path}: defaults must be a list of names and of groups with what to take, such as [schema, gpu: h100, "
@@ -215,7 +222,9 @@ def compose_yaml(yaml: Yaml, overrides: Sequence[str]) -> DictConfig:
     first, *others = yaml.folders
     places = ", ".join(_quoted(f"file://{folder}") for folder in others)
     try:
-        with initialize_config_dir(str(first), version_base=None):
+        with initialize_config_dir(str(first), version_base=None), warnings.catch_warnings():
+            # Of a defaults list without _self_, which counts as its last item then.
+            warnings.simplefilter("ignore", UserWarning)
             return compose(yaml.path.stem, [f"hydra.searchpath=[{places}]", *overrides])
     except (HydraException, OmegaConfBaseException, OSError) as error:
         said = " ".join(str(error).split())

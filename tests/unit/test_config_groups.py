@@ -97,7 +97,12 @@ def test_what_cannot_be_chosen_is_one_sentence(yaml: Path, override: str, messag
         ("defaults: [gpu: [a]]", "my.yaml: defaults has gpu: ['a']; give the name of one of its files"),
         ("defaults: [tpu: v5]", "has no group of settings tpu; remove tpu=v5"),
         ("defaults: [schema, gpu: b, _self_]", "b.yaml cannot be read: while parsing"),
-        ("defaults: [schema, _self_]\ntrainer: {max_steps: a}", "my.yaml: "),
+        (
+            "defaults: [schema, _self_]\ntrainer: {max_steps: a}",
+            "Value 'a' of type 'str' could not be converted to Integer",
+        ),
+        ("defaults: [mpo_gpt]\nmodle: {seed: 1}", "my.yaml: unknown key modle; did you mean model?"),
+        ("model: {optim: {lrr: 1}}", "my.yaml: unknown key model.optim.lrr; did you mean model.optim.lr?"),
     ],
 )
 def test_a_yaml_that_is_not_as_it_must_be_is_one_sentence(text: str, message: str, tmp_path: Path) -> None:
@@ -166,6 +171,14 @@ def test_a_yaml_of_ones_own_takes_a_preset_and_its_groups(tmp_path: Path) -> Non
     assert own.model.max_tokens_per_micro_batch == 4096
     with pytest.raises(ConfigError, match="gpu=tpu is not known; choose one of a100_80gb, h100, h800"):
         compose_config(yaml, ["gpu=tpu"])
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_yaml_without_self_comes_last(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text(
+        "defaults: [mpo_gpt]\nmodel: {optim: {lr: 3e-6}}\nhydra: {verbose: true}\n"
+    )
+    assert compose_config(tmp_path / "my.yaml", []).model.optim.lr == 3e-6
 
 
 def test_the_main_job_takes_a_yaml_of_ones_own(main_job: MainJob, tmp_path: Path) -> None:
